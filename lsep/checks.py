@@ -1,0 +1,133 @@
+"""Checks of a configuration: nonsense ends here, in one sentence, before anything is written.
+
+`check` looks at the configuration alone; `resolve` fills in what the data knows (shape, classes) and checks the two
+against each other.
+"""
+
+from dataclasses import replace
+
+from lsep.config import Config, flat
+from lsep.data.manifest import Manifest
+from lsep.errors import UserError
+
+_AT_LEAST_ONE = (
+    "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
+    "probe.decay_epochs optim.accumulate data.prefetch train.steps train.batch_size train.log_every "
+    "train.checkpoint_every sample.steps sample.num sample.batch_size"
+).split()
+_AT_LEAST_ZERO = (
+    "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
+    "train.sample_every sample.cfg"
+).split()
+_PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
+_BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()
+_ABOVE_ZERO = "model.mlp_ratio interpolant.time_std optim.eps optim.clip".split()
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check(config: Config) -> None:
+    """Raise UserError on the first value, or combination of values, that cannot be meant."""
+    values = flat(config)
+    for names, fits, wanted in (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
+        (_AT_LEAST_ZERO, lambda v: v >= 0, "at least 0"),
+        (_PROBABILITY, lambda v: 0 <= v <= 1, "from 0 to 1"),
+        (_BELOW_ONE, lambda v: 0 <= v < 1, "from 0 to below 1"),
+        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
+    ):
+        for name in names:
+            _require(fits(values[name]), f"{_flag(name)} is {values[name]}, expected {wanted}")
+    m, train = config.model, config.train
+    _require(
+        m.hidden_size % m.num_heads == 0,
+        f"--model.num-heads is {m.num_heads}, expected a divisor of --model.hidden-size {m.hidden_size}",
+    )
+    _require(
+        m.hidden_size % 4 == 0,
+        f"--model.hidden-size is {m.hidden_size}, expected a multiple of 4 (2-D sine and cosine positions)",
+    )
+    _require(
+        train.batch_size % config.optim.accumulate == 0,
+        f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
+    )
+    _require(train.seed < 2**64, f"--train.seed is {train.seed}, expected below 2^64")
+    if config.probe.enabled:
+        _check_probe(config)
+
+
+def _check_probe(config: Config) -> None:
+    p, drop = config.probe, config.model.class_dropout_prob
+    _require(
+        p.depth <= config.model.depth,
+        f"--probe.depth is {p.depth}, expected at most the model's {config.model.depth} blocks",
+    )
+    _require(
+        p.weight_bins > 1 or p.weight_start == p.weight_end,
+        f"--probe.weight-bins is 1, so the weight is constant, but --probe.weight-start is {p.weight_start} and "
+        f"--probe.weight-end {p.weight_end}",
+    )
+    _require(
+        p.end_step is None or p.end_step >= 0, f"--probe.end-step is {p.end_step}, expected None or at least 0"
+    )
+    _require(
+        p.decay_start_epoch is None or p.decay_start_epoch >= 0,
+        f"--probe.decay-start-epoch is {p.decay_start_epoch}, expected None or at least 0",
+    )
+    if p.branch != "shared":
+        return
+    if config.model.conditional:
+        _require(
+            p.rho >= drop,
+            f"--probe.rho is {p.rho}, expected at least --model.class-dropout-prob {drop} with --probe.branch shared "
+            f"(use --probe.branch paper for less)",
+        )
+    e = p.extra_fraction
+    _require(
+        # 1e-9: 0.9 - 0.1 is not 0.8 in floating point
+        e is None or 0 <= e <= p.rho - drop + 1e-9,
+        f"--probe.extra-fraction is {e}, expected from 0 to rho - p = {p.rho - drop:.6g}",
+    )
+
+
+def resolve(config: Config, manifest: Manifest) -> Config:
+    """Fill the model's shape and classes from the data, check one against the other, and return the whole configuration."""
+    check(config)
+    channels, height, width = manifest.shape
+    _require(height == width, f"{manifest.source}: images are {height} x {width}, expected squares")
+    found = {"input_size": height, "in_channels": channels, "num_classes": manifest.num_classes}
+    for name, value in found.items():
+        wanted = getattr(config.model, name)
+        _require(
+            wanted is None or wanted == value,
+            f"{_flag('model.' + name)} is {wanted}, but the data at {manifest.source} has {value}",
+        )
+    config = replace(config, model=replace(config.model, **found))
+    _require(
+        height % config.model.patch_size == 0,
+        f"--model.patch-size is {config.model.patch_size}, expected a divisor of the data's side {height}",
+    )
+    _require(
+        manifest.rows >= config.train.batch_size,
+        f"--train.batch-size is {config.train.batch_size}, but {manifest.source} has only {manifest.rows} images",
+    )
+    if config.probe.enabled:
+        p, grid = config.probe, config.grid
+        largest = grid if p.window_max is None else p.window_max
+        name = "window-min" if p.window_min > grid else "window-max"
+        _require(
+            max(p.window_min, largest) <= grid,
+            f"--probe.{name} is {max(p.window_min, largest)}, expected at most the token grid's side {grid}",
+        )
+        _require(
+            p.window_min <= largest, f"--probe.window-max is {largest}, expected at least window-min {p.window_min}"
+        )
+        config = replace(config, probe=replace(p, window_max=largest))
+    return config

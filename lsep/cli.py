@@ -1,0 +1,240 @@
+"""The command `lsep`: one line a sub-command here, heavy imports inside each.
+
+Bad input ends with one sentence on stderr and exit code 2, an interrupted training with 130.
+"""
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from lsep.errors import UserError, nearest
+
+Args = list[str]
+
+
+def train(argv: Args) -> None:
+    """train a preset, or go on with its run: lsep train PRESET [--section.field VALUE] [--run-dir DIR] [--resume]"""
+    import tyro
+
+    from lsep import config as configuration
+
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    wants_help = bool({"-h", "--help"} & set(argv))
+    if name is None and not wants_help:
+        raise UserError(f"lsep train: the preset is missing{nearest('', list(configuration.PRESETS))}")
+    start = configuration.preset(name) if name else configuration.PRESETS["quickstart"]
+
+    @dataclass(frozen=True)
+    class TrainArgs:
+        config: Annotated[configuration.Config, tyro.conf.arg(name="")]
+        run_dir: Path = Path("runs") / (name or "PRESET")
+        """Directory of the run; an existing run of the same configuration is continued."""
+        resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Continue from the newest checkpoint, and fail if there is none."""
+
+    defaults = TrainArgs(config=start)
+    description = (
+        "Train a preset. Presets: " + ", ".join(configuration.PRESETS) + ".\n\n"
+        "Example: lsep train quickstart --train.steps 200 --run-dir runs/short"
+    )
+    args = _parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
+
+    from lsep.train import train as run_training
+
+    try:
+        run_training(args.config, args.run_dir, args.resume, preset=name or "")
+    except KeyboardInterrupt:
+        again = " ".join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
+        print(f"\nstopped and saved in {args.run_dir}; go on with: {again}", file=sys.stderr)
+        raise
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Flags of `lsep sample`; what is None comes from the run's configuration."""
+
+    classes: tuple[int, ...] | None = None
+    """Classes to draw, in turn; all when not given."""
+    num: int | None = None
+    """Number of images."""
+    sampler: Literal["ode", "heun", "sde"] | None = None
+    """ode: Euler; heun: second order; sde: Euler-Maruyama."""
+    steps: int | None = None
+    """Sampler steps."""
+    cfg: float | None = None
+    """Guidance scale; 1 is no guidance."""
+    guidance_low: float | None = None
+    """Smallest t at which guidance acts."""
+    guidance_high: float | None = None
+    """Largest t at which guidance acts."""
+    batch_size: int | None = None
+    """Images sampled at once."""
+    seed: int = 0
+    """Seed of the noise; image i depends on (seed, i) only."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to use; the newest when not given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to sample; auto takes a GPU when there is one."""
+    out: Path | None = None
+    """A folder for grid.png and samples.npz, or a file ending in .npz; in the run's samples when not given."""
+
+
+def sample(argv: Args) -> None:
+    """draw images from a run's EMA weights: lsep sample RUN [--classes 3 7] [--num N] [--cfg 1.5] [--out DIR|FILE.npz]"""
+    path, argv = _run_argument("sample", argv)
+    description = "Draw images from a run's EMA weights.\n\nExample: lsep sample runs/quickstart --classes 3 7 --num 64 --cfg 2"
+    args = _parse(SampleArgs, argv, "lsep sample RUN", description)
+
+    from lsep.checks import check
+    from lsep.run import Run
+    from lsep.sample import sample as draw_samples
+    from lsep.train import pick_device
+
+    run = Run.existing(path)
+    config = run.config()
+    names = ("sampler", "steps", "cfg", "guidance_low", "guidance_high", "num", "batch_size")
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    config = replace(config, sample=replace(config.sample, **given))
+    check(config)
+    classes = list(args.classes) if args.classes else None
+    device = pick_device(args.device).type
+    for file in draw_samples(run, config, classes, config.sample.num, args.seed, args.out, args.checkpoint, device):
+        print(file)
+
+
+def report(argv: Args) -> None:
+    """write a run's report.html again from its files: lsep report RUN"""
+    path, argv = _run_argument("report", argv)
+    _no_flags("report RUN", "Write RUN/report.html from the run's own files.\n\nExample: lsep report runs/quickstart", argv)
+    from lsep.report import render
+    from lsep.run import Run
+
+    print(render(Run.existing(path)))
+
+
+def presets(argv: Args) -> None:
+    """list the presets with their sizes and settings"""
+    _no_flags("presets", "List the presets.\n\nExample: lsep presets", argv)
+    from lsep.config import PRESETS
+
+    print(f"{'preset':16}{'blocks':>7}{'width':>7}{'heads':>7}{'patch':>7}{'input':>7}{'batch':>7}{'steps':>10}  probe")
+    for name, c in PRESETS.items():
+        m = c.model
+        side = "data" if m.input_size is None else str(m.input_size)
+        probe = f"depth {c.probe.depth}, lr {c.optim.probe_lr:g}"
+        print(
+            f"{name:16}{m.depth:7}{m.hidden_size:7}{m.num_heads:7}{m.patch_size:7}{side:>7}"
+            f"{c.train.batch_size:7}{c.train.steps:10,}  {probe}"
+        )
+
+
+def doctor(argv: Args) -> None:
+    """show what is active on this machine, and why the rest is not"""
+    _no_flags("doctor", "Show what is active here.\n\nExample: lsep doctor", argv)
+    from lsep.doctor import describe
+
+    print(describe())
+
+
+COMMANDS: dict[str, Callable[[Args], None]] = {c.__name__: c for c in (train, sample, report, presets, doctor)}
+
+
+def _usage() -> str:
+    lines = [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()]
+    return (
+        "usage: lsep COMMAND ...\n\nFast training of flow transformers whose features are linearly separable (LSEP).\n\n"
+        + "\n".join(lines)
+        + "\n\n`lsep COMMAND --help` shows its flags. Start with: lsep train quickstart\n"
+    )
+
+
+def _run_argument(command: str, argv: Args) -> tuple[str, Args]:
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if {"-h", "--help"} & set(argv):
+        return "RUN", argv
+    raise UserError(f"lsep {command}: the run's directory is missing, expected lsep {command} RUN")
+
+
+def _no_flags(usage: str, description: str, argv: Args) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: lsep {usage}\n\n{description}")
+        raise SystemExit(0)
+    if argv:
+        raise UserError(f"lsep {usage} takes no argument {argv[0]!r}")
+
+
+def _parse(kind: type, argv: Args, prog: str, description: str, default: Any = None) -> Any:
+    """tyro's parser, its errors folded into one sentence, unknown flags with the nearest names."""
+    import tyro
+
+    given = {} if default is None else {"default": default}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            args, unknown = tyro.cli(
+                kind, args=argv, prog=prog, description=description, return_unknown_args=True, **given
+            )
+    except SystemExit as end:
+        if not end.code:
+            print(out.getvalue(), end="")
+            raise
+        raise UserError(_one_sentence(err.getvalue() + out.getvalue())) from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"argument {flag!r} is unexpected, expected flags")
+        raise UserError(f"flag {flag!r} is unknown{_near_flags(flag, kind, prog, given)}")
+    return args
+
+
+def _one_sentence(text: str) -> str:
+    """The message inside tyro's error: a framed box on a terminal, a title and ruled sections elsewhere."""
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"\n[─-]{5,}\n", "\n".join(lines))
+    message = sections[0] if "╭" in text else sections[min(1, len(sections) - 1)]
+    return " ".join(message.split()).rstrip(".")
+
+
+def _near_flags(flag: str, kind: type, prog: str, given: dict[str, Any]) -> str:
+    import tyro
+
+    completions = io.StringIO()
+    with contextlib.redirect_stdout(completions), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], prog=prog, **given)
+    known = sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", completions.getvalue())) - {"--help"})
+    return nearest(flag, known)
+
+
+def main(argv: Args | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return 0
+    if argv[0] == "--version":
+        from lsep import __version__
+
+        print(f"lsep {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"command {argv[0]!r} is unknown{nearest(argv[0], list(COMMANDS))}")
+        COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"lsep: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        print(f"lsep: error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,311 @@
+"""The configuration: frozen dataclasses in sections, the table of presets, and checks that end in one clear sentence.
+
+    from lsep.config import PRESETS, override
+    config = override(PRESETS["quickstart"], {"train.steps": 100})
+
+Flags and their help are generated from the fields (`lsep train PRESET --help`). The resolved configuration is written to
+every run as `config.json`. Nothing here imports torch.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+from lsep.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """SiT: the DiT architecture trained as a flow (arXiv 2212.09748, 2401.08740)."""
+
+    depth: int = 12
+    """Transformer blocks."""
+    hidden_size: int = 384
+    """Width D of a token."""
+    num_heads: int = 6
+    """Attention heads; must divide hidden_size."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP as a multiple of hidden_size."""
+    patch_size: int = 2
+    """Side of a patch, in latent pixels."""
+    input_size: int | None = None
+    """Side of the square latent or image, in its own pixels; None takes the data's."""
+    in_channels: int | None = None
+    """Channels of the latent or image; None takes the data's."""
+    num_classes: int | None = None
+    """Classes of the conditioning label; None takes the data's."""
+    conditional: bool = True
+    """Condition on the class label; False trains an unconditional model (the probe still sees labels)."""
+    class_dropout_prob: float = 0.1
+    """Probability p that the main branch drops its label, for classifier-free guidance."""
+    qk_norm: bool = False
+    """LayerNorm on the queries and keys of each head."""
+
+
+@dataclass(frozen=True)
+class InterpolantConfig:
+    """The path from data (t = 0) to noise (t = 1); velocity prediction."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    """linear: x_t = (1 - t) x + t e; cosine: x_t = cos(pi t / 2) x + sin(pi t / 2) e."""
+    time: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of the training time t."""
+    time_mean: float = 0.0
+    """Mean of logit(t), for logit-normal."""
+    time_std: float = 1.0
+    """Standard deviation of logit(t), for logit-normal."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The LSEP term: a linear probe on an intermediate layer, trained with the denoiser (arXiv 2509.21565)."""
+
+    enabled: bool = True
+    """Train with the LSEP term; False is plain SiT."""
+    branch: Literal["shared", "paper"] = "shared"
+    """shared: probe the main pass where the label states agree, a second pass elsewhere; paper: independent draws and a full second pass."""
+    extra_fraction: float | None = None
+    """Fraction e of the batch that gets a second pass (shared), from 0 to rho - p; None is rho - p, the full objective."""
+    rho: float = 0.9
+    """Probability that the probe's branch drops its label."""
+    depth: int = 8
+    """The probe reads the output of this block, counted from 1."""
+    window_min: int = 12
+    """Smallest side of the pooling window, in tokens."""
+    window_max: int | None = None
+    """Largest side of the pooling window, in tokens; None is the side of the token grid."""
+    weight_start: float = 0.0225
+    """Weight omega of the cross-entropy in the first time bin (clean data)."""
+    weight_end: float = 0.03
+    """Weight omega in the last time bin (noise); equal to weight_start for a constant weight."""
+    weight_bins: int = 10
+    """Equal bins of t over which omega rises linearly."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy, in [0, 1)."""
+    decay_start_epoch: int | None = 100
+    """From this epoch on the term is multiplied by 0.1^((epoch - start) / decay_epochs); None never decays it."""
+    decay_epochs: int = 800
+    """Epochs in which the decay reaches a tenth."""
+    end_step: int | None = None
+    """Drop the probe from this step on (plain SiT from there); None keeps it."""
+    pool_before_fc2: bool = True
+    """In the probed block, pool the second pass before the linear fc2 (same result, a third of that block's matmuls less)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, gradient clipping, schedule and EMA."""
+
+    lr: float = 1e-4
+    """Learning rate of the backbone."""
+    probe_lr: float = 1e-4
+    """Learning rate of the probe."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, per unit of learning rate."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or cosine to zero at train.steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    ema_decay: float = 0.9999
+    """Decay per step of the exponential moving average of all weights."""
+    accumulate: int = 1
+    """Micro-batches per step; must divide train.batch_size."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images or latents come from."""
+
+    path: str | None = None
+    """A store (a folder with manifest.json), or `digits` for the real images inside scikit-learn."""
+    prefetch: int = 4
+    """Batches read ahead of the step."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 400_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images in a step, over all devices and micro-batches."""
+    seed: int = 0
+    """Seed of weights, data order, noise, times, label drops and windows."""
+    log_every: int = 100
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 10_000
+    """Steps between two checkpoints; the last step always writes one."""
+    sample_every: int = 10_000
+    """Steps between two sample grids; 0 draws only the last."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU when there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 runs the matmuls under autocast over fp32 weights; auto is bf16 on a GPU and fp32 on a CPU."""
+    compile: bool = False
+    """Compile forward and backward with torch.compile, as one graph."""
+    wandb: str | None = None
+    """Weights & Biases project to log to; None logs to files and TensorBoard only."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn from the EMA weights."""
+
+    sampler: Literal["ode", "heun", "sde"] = "ode"
+    """ode: Euler; heun: second order; sde: Euler-Maruyama with diffusion 2t and a last step at t = 0.04."""
+    steps: int = 50
+    """Sampler steps."""
+    cfg: float = 1.0
+    """Guidance scale; 1 is no guidance."""
+    guidance_low: float = 0.0
+    """Smallest t at which guidance acts."""
+    guidance_high: float = 1.0
+    """Largest t at which guidance acts."""
+    num: int = 64
+    """Images in a sample grid."""
+    batch_size: int = 64
+    """Images sampled at once."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    interpolant: InterpolantConfig = field(default_factory=InterpolantConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @property
+    def grid(self) -> int:
+        """Side of the token grid."""
+        assert self.model.input_size is not None, "the configuration is not resolved yet"
+        return self.model.input_size // self.model.patch_size
+
+    @property
+    def extra_fraction(self) -> float:
+        """Fraction of the batch with a second pass: e, or 1 for the paper's plan."""
+        if self.probe.branch == "paper":
+            return 1.0
+        full = self.probe.rho - self.model.class_dropout_prob
+        return full if self.probe.extra_fraction is None else self.probe.extra_fraction
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+# depth, width, heads and probe depth. The paper gives the probe's depth for XL; the others keep about its share.
+_SIZES = {"s": (12, 384, 6, 4), "b": (12, 768, 12, 4), "l": (24, 1024, 16, 8), "xl": (28, 1152, 16, 8)}
+_IMAGENET_EPOCH = 1_281_167 // 256  # steps
+
+
+def _sit(size: str, patch: int, pixels: int) -> Config:
+    """SiT-size/patch on VAE latents of ImageNet at `pixels`, as in the paper's reported runs."""
+    depth, width, heads, probe_depth = _SIZES[size]
+    input_size = pixels // 8
+    grid = input_size // patch
+    epochs = {("xl", 256): 800, ("xl", 512): 240}.get((size, pixels), 80)
+    return Config(
+        model=ModelConfig(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, input_size=input_size),
+        probe=ProbeConfig(depth=probe_depth, window_min=grid * 3 // 4),
+        optim=OptimConfig(probe_lr=3e-2 if size == "b" else 1e-4),
+        train=TrainConfig(steps=epochs * _IMAGENET_EPOCH, checkpoint_every=10_000),
+        sample=SampleConfig(sampler="sde", steps=250),
+    )
+
+
+PRESETS: dict[str, Config] = {
+    "quickstart": Config(
+        model=ModelConfig(depth=4, hidden_size=96, num_heads=4),
+        probe=ProbeConfig(depth=2, window_min=3),
+        optim=OptimConfig(lr=1e-3, probe_lr=1e-2, schedule="cosine", warmup_steps=30, ema_decay=0.99),
+        data=DataConfig(path="digits"),
+        train=TrainConfig(steps=600, batch_size=128, log_every=20, checkpoint_every=200, sample_every=200),
+        sample=SampleConfig(sampler="heun", steps=25, cfg=1.5, num=100, batch_size=200),
+    ),
+    **{f"sit-{s}-{p}-256": _sit(s, p, 256) for s in _SIZES for p in (2, 4, 8)},
+    **{f"sit-{s}-2-512": _sit(s, 2, 512) for s in ("b", "l", "xl")},
+}
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`; raises UserError with the nearest names."""
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} is unknown{nearest(name, list(PRESETS))}")
+    return PRESETS[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flat names, overrides and JSON
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """`{"section.field": value}` for every field."""
+    return {f"{s}.{k}": v for s, section in asdict(config).items() for k, v in section.items()}
+
+
+def override(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with `{"section.field": value}` put in; raises UserError for a name or a value that does not fit."""
+    known = flat(config)
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"field {name!r} is unknown{nearest(name, list(known))}")
+        section, key = name.split(".")
+        part = getattr(config, section)
+        if isinstance(value, int) and not isinstance(value, bool) and get_type_hints(type(part))[key] is float:
+            value = float(value)  # JSON and people write 1 for 1.0
+        _check_type(name, value, get_type_hints(type(part))[key])
+        config = replace(config, **{section: replace(part, **{key: value})})
+    return config
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    choices = get_args(hint)
+    if choices and not any(isinstance(c, type) for c in choices):  # Literal
+        if value not in choices:
+            raise UserError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+        return
+    kinds = choices or (hint,)
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits:
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise UserError(f"{name} is {value!r}, expected {wanted}")
+
+
+def from_dict(values: Any, source: str) -> Config:
+    """The configuration in the nested dictionary `values`; `source` names where it comes from in errors."""
+    names = [f.name for f in fields(Config)]
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise UserError(f"{source} holds no configuration: expected an object with the sections {', '.join(names)}")
+    try:
+        return override(Config(), {f"{s}.{k}": v for s, section in values.items() for k, v in section.items()})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+# A run may go on with these changed: they touch neither the weights nor the numbers drawn.
+FREE_ON_RESUME = {
+    "data.path", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.sample_every", "train.wandb",
+}  # fmt: skip
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
+    free = FREE_ON_RESUME | {f"sample.{f.name}" for f in fields(SampleConfig)}
+    if new.optim.schedule == "constant":
+        free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
+    before, after = flat(old), flat(new)
+    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if k not in free and before[k] != after[k]]
+
+

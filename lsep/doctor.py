@@ -1,0 +1,51 @@
+"""What is active on this machine, and for each optional part that is not: why, and what would install it."""
+
+import importlib.util
+import platform
+import shutil
+from importlib import metadata
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """One part: its version or None, what it is for or why it is missing, and the command that would bring it."""
+
+    name: str
+    version: str | None
+    note: str
+    install: str = ""
+
+
+def parts() -> list[Part]:
+    """Every part the program can use, in the order in which it matters."""
+    import torch
+
+    found = [Part("python", platform.python_version(), platform.platform()), Part("torch", torch.__version__, "")]
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        found.append(Part("GPU", torch.cuda.get_device_name(), f"sm_{major}{minor}, {memory:.0f} GiB; trains in bf16"))
+    else:
+        why = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to torch"
+        found.append(Part("GPU", None, f"{why}; trains on the CPU in fp32"))
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    found.append(Part("C++ compiler", compiler, "for --train.compile on a CPU", "apt install g++"))
+    found.append(_package("tensorboard", "tensorboard", "event files of a run", "pip install tensorboard"))
+    found.append(_package("wandb", "wandb", "--train.wandb PROJECT", "pip install wandb"))
+    return found
+
+
+def _package(name: str, module: str, purpose: str, install: str) -> Part:
+    if importlib.util.find_spec(module) is None:
+        return Part(name, None, f"not installed; {purpose}", install)
+    return Part(name, metadata.version(name), purpose)
+
+
+def describe() -> str:
+    """The table `lsep doctor` prints."""
+    lines = []
+    for part in parts():
+        state = part.version or "missing"
+        install = f"  ({part.install})" if part.install and part.version is None else ""
+        lines.append(f"{'yes' if part.version else 'no':4}{part.name:14}{state:28}  {part.note}{install}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,15 @@
+"""The one exception for what a user can put right: its text is one sentence, and the command ends with exit code 2."""
+
+
+class UserError(Exception):
+    """Bad input: says which file, field or flag, what was found and what was expected."""
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """`"; did you mean 'a' or 'b'?"` for the names most like `word`, or the list of all where none is near."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "; known are " + ", ".join(sorted(known))

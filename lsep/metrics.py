@@ -1,0 +1,75 @@
+"""Where the figures of a run go: metrics.jsonl, TensorBoard, Weights & Biases when asked for, and the terminal."""
+
+import sys
+from typing import Any
+
+from lsep.errors import UserError
+from lsep.run import Run
+
+
+class Logger:
+    """Writes one dictionary of figures to every place, with a progress bar, or plain lines where there is no terminal."""
+
+    def __init__(self, run: Run, first: int, steps: int, wandb_project: str | None, settings: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.run = run
+        self.wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None
+        # Events of steps that a killed session lost are hidden by purge_step.
+        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1 if first else None)
+        self.steps = steps
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=first, disable=not self.terminal, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def log(self, values: dict[str, Any]) -> None:
+        """One line of metrics; `step`, `loss`, `probe_accuracy` (or None) and `images_per_second` also go to the terminal."""
+        self.run.append_metrics(values)
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+        for name, value in numbers.items():
+            self.tensorboard.add_scalar(name, value, values["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=values["step"])
+        accuracy = values["probe_accuracy"]
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            **({} if accuracy is None else {"probe": f"{accuracy:.1%}"}),
+            "img/s": f"{values['images_per_second']:.0f}",
+        }
+        if self.terminal:
+            self.bar.set_postfix(shown, refresh=True)
+            return
+        left = (self.steps - values["step"]) * values["seconds"] / values["step"]
+        figures = "  ".join(f"{k} {v}" for k, v in shown.items())
+        print(f"step {values['step']}/{self.steps}  {figures}  {_minutes(left)} left", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal that does not tear the progress bar."""
+        self.bar.clear()
+        print(text, flush=True)
+        self.bar.refresh()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _start_wandb(run: Run, project: str, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "--train.wandb needs the package wandb, which is not installed: pip install 'lsep[wandb]'"
+        ) from None
+    return wandb.init(project=project, dir=str(run.path), name=run.path.name, id=run.path.name, resume="allow", config=settings)

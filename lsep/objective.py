@@ -1,0 +1,130 @@
+"""The whole training objective as one module: rows in, loss and statistics out, one graph, no host sync.
+
+Denoising loss plus the LSEP term, with the backbone and the probe's classifier as its parameters.
+"""
+
+from typing import NamedTuple
+
+import torch
+from lsep_kernels.reference import probe_cross_entropy, uniform, velocity_loss
+from torch import Tensor, nn
+
+from lsep import interpolant, probe
+from lsep.config import Config
+from lsep.data.loader import Batch
+from lsep.data.manifest import Manifest
+from lsep.interpolant import Stream
+from lsep.model import SiT
+from lsep.plan import BranchPlan
+
+TIME_BINS = 10
+"""Bins of t in the statistics of the probe."""
+
+
+class Losses(NamedTuple):
+    """Scalar tensors on the device, and sums for each bin of t over the unlabelled probe samples: `(2, TIME_BINS)`, hits and counts."""
+
+    total: Tensor
+    denoising: Tensor
+    lsep: Tensor
+    hits: Tensor
+
+
+class Objective(nn.Module):
+    """Flow matching and LSEP for one configuration and one data set."""
+
+    def __init__(self, config: Config, manifest: Manifest) -> None:
+        """`config` must be resolved against `manifest`."""
+        super().__init__()
+        self.config, self.manifest = config, manifest
+        self.model = SiT(config)
+        self.classifier = (
+            probe.build_classifier(config.model.hidden_size, manifest.probe_classes) if config.probe.enabled else None
+        )
+
+    def initialize(self, seed: int) -> None:
+        """Fill all weights from `seed`, independently of the global random state."""
+        generator = torch.Generator().manual_seed(seed)
+        self.model.initialize(generator)
+        if self.classifier is not None:
+            probe.initialize_classifier(self.classifier, generator)
+
+    def forward(self, batch: Batch, plan: BranchPlan, step: Tensor, epoch: Tensor) -> Losses:
+        """Losses of one micro-batch; `step` and `epoch` are int64 scalars on the device."""
+        config, seed = self.config, self.config.train.seed
+        x = interpolant.to_latent(batch.x, self.manifest, seed, epoch, batch.id)
+        noised = interpolant.noise(x, config.interpolant, seed, epoch, batch.id)
+        if not plan.probe:
+            y = self._drop_first(batch.y, plan.null)
+            v_pred = self.model(noised.x_t, noised.t, y)
+            denoising = velocity_loss(v_pred, noised.v).mean()
+            zero = torch.zeros_like(denoising)
+            return Losses(denoising, denoising, zero, torch.zeros(2, TIME_BINS, device=x.device))
+        y, extra_y, unlabelled = self.label_states(batch, plan, epoch)
+        window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id)
+        return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch)
+
+    def label_states(self, batch: Batch, plan: BranchPlan, epoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Main labels `(B,)`, labels of the second pass `(extra,)`, and which probe samples are unlabelled, `(B,)` bool."""
+        null = self.model.null_class
+        if not plan.paper:
+            place = torch.arange(plan.batch, device=batch.y.device)
+            unlabelled = (place < plan.null) | (place >= plan.batch - plan.extra)
+            extra_y = torch.full((plan.extra,), null, dtype=torch.int64, device=batch.y.device)
+            return self._drop_first(batch.y, plan.null), extra_y, unlabelled
+        u = uniform(self.config.train.seed, Stream.LABEL_DROP, epoch, batch.id)
+        drop, rho = self.config.model.class_dropout_prob, self.config.probe.rho
+        if not self.config.model.conditional:
+            drop = rho = 1.0
+        unlabelled = u[:, 1] < rho
+        return (
+            torch.where(u[:, 0] < drop, null, batch.y),
+            torch.where(unlabelled, null, batch.y),
+            unlabelled,
+        )
+
+    def losses(
+        self,
+        noised: interpolant.Noised,
+        plan: BranchPlan,
+        y: Tensor,
+        extra_y: Tensor,
+        unlabelled: Tensor,
+        probe_y: Tensor,
+        window: Tensor,
+        epoch: Tensor,
+    ) -> Losses:
+        """Both losses for given noise, label states and windows."""
+        config = self.config.probe
+        assert self.classifier is not None
+        v_pred, features = self.model.forward_with_probe(
+            noised.x_t, noised.t, y, extra_y, config.depth, window, config.pool_before_fc2
+        )
+        logits = self.classifier(features)
+        ce = probe_cross_entropy(logits, probe_y, config.label_smoothing)
+        weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight)
+        weight = weight * probe.time_weights(config, noised.t)
+        lsep = (weight * ce).sum() * probe.epoch_factor(config, epoch)
+        denoising = velocity_loss(v_pred, noised.v).mean()
+        return Losses(
+            denoising + lsep,
+            denoising.detach(),
+            lsep.detach(),
+            _hits(logits.detach(), probe_y, unlabelled, noised.t),
+        )
+
+    def _drop_first(self, y: Tensor, count: int) -> Tensor:
+        place = torch.arange(len(y), device=y.device)
+        return torch.where(place < count, self.model.null_class, y)
+
+
+def _hits(logits: Tensor, labels: Tensor, counted: Tensor, t: Tensor) -> Tensor:
+    """Hits and counts of the samples `counted`, for each bin of t: `(2, TIME_BINS)` float32.
+
+    Only unlabelled samples count: with the label in the conditioning, accuracy says nothing about the features.
+    """
+    bins = (t * TIME_BINS).to(torch.int64).clamp(max=TIME_BINS - 1)
+    hit = (logits.argmax(-1) == labels) & counted
+    sums = torch.zeros(2, TIME_BINS, device=t.device)
+    values = torch.stack([hit, counted]).to(torch.float32)
+    return sums.scatter_add(1, bins.expand(2, -1), values)

@@ -1,0 +1,46 @@
+"""The LSEP term: window, classifier, weight of time and of the epoch (arXiv 2509.21565, section 3)."""
+
+import torch
+from lsep_kernels.reference import uniform, window_weights
+from torch import Tensor, nn
+
+from lsep.config import ProbeConfig
+from lsep.interpolant import Stream
+
+
+def build_classifier(width: int, num_classes: int) -> nn.Sequential:
+    """LayerNorm and a linear map, `(B, D)` -> `(B, classes)`; keys `0` and `1` as in published weights."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+
+
+def initialize_classifier(classifier: nn.Sequential, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(classifier[1].weight, generator=generator)
+    nn.init.zeros_(classifier[1].bias)
+
+
+def draw_windows(config: ProbeConfig, grid: int, seed: int, step: Tensor, epoch: Tensor, ids: Tensor) -> Tensor:
+    """Pooling weights `(B, T)`: one window side for the batch, U{window_min..window_max}, and a place for each sample.
+
+    The side is drawn on the device from (seed, step): its value never reaches the host, and shapes stay static.
+    """
+    largest = grid if config.window_max is None else config.window_max
+    u = uniform(seed, Stream.WINDOW, 0, step.view(1))[0, 0]
+    size = config.window_min + (u * (largest - config.window_min + 1)).to(torch.int64)
+    place = uniform(seed, Stream.CROP, epoch, ids)
+    top, left = ((place[:, i] * (grid - size + 1)).to(torch.int64) for i in (0, 1))
+    return window_weights(size, top, left, (grid, grid))
+
+
+def time_weights(config: ProbeConfig, t: Tensor) -> Tensor:
+    """omega(t) `(B,)`: linear from weight_start to weight_end over weight_bins equal bins, constant inside a bin."""
+    n = config.weight_bins
+    bins = (t * n).floor().clamp(max=n - 1)
+    return config.weight_start + (config.weight_end - config.weight_start) * bins / max(n - 1, 1)
+
+
+def epoch_factor(config: ProbeConfig, epoch: Tensor) -> Tensor:
+    """Decay of the whole term in long runs, 0.1^((epoch - start) / decay_epochs) from the start on; a scalar tensor."""
+    if config.decay_start_epoch is None:
+        return torch.ones((), device=epoch.device)
+    late = (epoch - config.decay_start_epoch).clamp(min=0).to(torch.float32)
+    return torch.pow(0.1, late / config.decay_epochs)

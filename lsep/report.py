@@ -1,0 +1,161 @@
+"""`report.html`: one self-contained page a run, made from its own files; and the figures a run ends with."""
+
+import base64
+import html
+import io
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from lsep.config import Config, flat
+from lsep.data.manifest import Manifest
+from lsep.model import SiT
+from lsep.run import Run, write_atomic
+
+AGREEMENT_SAMPLES = 200
+
+
+def finish(model: SiT, config: Config, manifest: Manifest, run: Run, bf16: bool) -> str:
+    """Draw the last sample grid from the EMA `model`, judge digits, write results.json and the report; returns what to print."""
+    import torch
+
+    from lsep import sample
+    from lsep.data import digits
+
+    step = config.train.steps
+    judged = manifest.source == "digits"
+    labels = sample.grid_labels(max(config.sample.num, AGREEMENT_SAMPLES if judged else 0), manifest.num_classes)
+    x = sample.draw(model, config, labels, config.train.seed, bf16)
+    images = sample.to_images(x, manifest)
+    grid = run.samples / f"step-{step:07d}.png"
+    sample.save_grid(images[: config.sample.num], grid)
+    metrics = run.metrics()
+    last = metrics[-1]
+    results: dict[str, Any] = {
+        "steps": step,
+        "train_seconds": last["seconds"],
+        "images_per_second": last["images"] / last["seconds"],
+        "loss": last["loss"],
+        "probe_accuracy": last["probe_accuracy"],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        if not torch.cuda.is_available()
+        else torch.cuda.get_device_name(),
+    }
+    lines = [f"trained {step} steps in {last['seconds']:.0f} s"]
+    if judged:
+        share = digits.agreement(images[:AGREEMENT_SAMPLES], labels[:AGREEMENT_SAMPLES].numpy())
+        results["agreement"], results["agreement_samples"] = share, AGREEMENT_SAMPLES
+        lines.append(
+            f"3-NN on the real digits agrees with the class asked for on {share:.1%} of {AGREEMENT_SAMPLES} samples"
+        )
+    write_atomic(run.results_file, json.dumps(results, indent=2) + "\n")
+    render(run)
+    lines += [f"samples: {grid}", f"report:  {run.report_file}"]
+    return "\n".join(lines)
+
+
+def render(run: Run) -> Path:
+    """Write RUN/report.html from what the run has so far; returns its path."""
+    metrics, config, results = run.metrics(), run.config(), run.results()
+    parts = [_summary(run, config, metrics, results)]
+    if metrics:
+        parts += _curves(metrics)
+    grids = sorted(run.samples.glob("step-*.png"))
+    if grids:
+        parts.append("<h2>Samples of the EMA weights</h2><div class=grids>")
+        parts += [_figure(g.read_bytes(), f"step {int(g.stem.split('-')[1])}") for g in grids]
+        parts.append("</div>")
+    rows = "".join(f"<tr><td>{k}<td>{html.escape(repr(v))}" for k, v in flat(config).items())
+    parts.append(f"<h2>Configuration</h2><details><summary>all fields</summary><table>{rows}</table></details>")
+    title = html.escape(f"{run.path.name}: {run.preset()}")
+    write_atomic(run.report_file, _PAGE.format(title=title, body="\n".join(parts)))
+    return run.report_file
+
+
+def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    m, p = config.model, config.probe
+    plan = f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, depth {p.depth}" if p.enabled else "off (plain SiT)"
+    rows = {
+        "model": f"SiT, {m.depth} blocks of width {m.hidden_size}, patch {m.patch_size}, "
+        f"{m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes",
+        "probe": plan,
+        "progress": f"step {metrics[-1]['step'] if metrics else 0} of {config.train.steps}, batch {config.train.batch_size}",
+        "sampler": f"{config.sample.sampler}, {config.sample.steps} steps, guidance {config.sample.cfg:g}",
+    }
+    if "agreement" in results:
+        rows["3-NN agreement"] = f"{results['agreement']:.1%} of {results['agreement_samples']} samples"
+    rows |= {k: str(results[k]) for k in ("machine", "torch") if k in results}
+    return "<table>" + "".join(f"<tr><th>{k}<td>{html.escape(v)}" for k, v in rows.items()) + "</table>"
+
+
+def _curves(metrics: list[dict[str, Any]]) -> list[str]:
+    steps = [m["step"] for m in metrics]
+    losses = {name: (steps, [m[name] for m in metrics]) for name in ("loss", "denoising", "lsep") if any(m["lsep"] for m in metrics) or name == "denoising"}
+    out = ["<h2>Training</h2><div class=curves>", _plot("loss", losses, log=True)]
+    probed = [m for m in metrics if m["probe_accuracy"] is not None]
+    if probed:
+        at = [m["step"] for m in probed]
+        out.append(_plot("probe accuracy, unlabelled samples", {"all t": (at, [m["probe_accuracy"] for m in probed])}))
+        out.append(_time_bins(probed))
+    out.append(_plot("images/s", {"images/s": (steps, [m["images_per_second"] for m in metrics])}))
+    out.append(_plot("gradient norm", {"before clipping": (steps, [m["grad_norm"] for m in metrics])}, log=True))
+    return [*out, "</div>"]
+
+
+def _plot(title: str, curves: dict[str, tuple[list[int], list[float]]], log: bool = False) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, linewidth=1.5)
+    axes.set(title=title, xlabel="step", yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _time_bins(probed: list[dict[str, Any]]) -> str:
+    """Probe accuracy over steps and t as a heat map."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    values = np.array([[np.nan if v is None else v for v in m["probe_accuracy_by_time"]] for m in probed]).T
+    edges = [0, *(m["step"] for m in probed)]
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    mesh = axes.pcolormesh(edges, np.linspace(0, 1, len(values) + 1), values, vmin=0, vmax=1, cmap="viridis", rasterized=True)
+    axes.set(title="probe accuracy by time", xlabel="step", ylabel="t (1 is noise)")
+    figure.colorbar(mesh)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }}
+.curves, .grids {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+figure {{ margin: 0; }} img {{ max-width: 32rem; image-rendering: pixelated; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""

@@ -1,0 +1,115 @@
+"""A run directory: its configuration, its checkpoints, its metrics, its sample grids.
+
+    RUN/config.json  metrics.jsonl  results.json  checkpoints/  samples/  tensorboard/  report.html
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lsep.config import Config, differences, from_dict
+from lsep.data.manifest import Manifest
+from lsep.errors import UserError
+
+
+class Run:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.results_file = self.path / "results.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.report_file = self.path / "report.html"
+
+    @classmethod
+    def existing(cls, path: str | Path) -> "Run":
+        """A run that is there; raises UserError otherwise."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(f"{run.path}: not a run directory, config.json not found")
+        return run
+
+    def open(self, config: Config, manifest: Manifest, preset: str) -> None:
+        """Start or continue here under the resolved `config`; another run's directory is refused, nothing overwritten."""
+        if self.config_file.exists():
+            changed = differences(self.config(), config)
+            before, after = asdict(self.manifest()), asdict(manifest)
+            # The data may have moved, but it must be the same data.
+            changed += [f"data's {k}: {before[k]!r} -> {after[k]!r}" for k in after if k != "source" and before[k] != after[k]]
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run with another configuration ({'; '.join(changed)}): choose another "
+                    f"--run-dir, or give the same values to continue it"
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run (no config.json): choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            entry = {"preset": preset, **asdict(config), "manifest": asdict(manifest)}
+            write_atomic(self.config_file, json.dumps(entry, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def config(self) -> Config:
+        """The resolved configuration the run was trained with."""
+        values = self._config_json()
+        values.pop("preset", None)
+        values.pop("manifest", None)
+        return from_dict(values, str(self.config_file))
+
+    def manifest(self) -> Manifest:
+        """What the data of the run was, so that sampling needs the run alone."""
+        try:
+            values = self._config_json()["manifest"]
+            return Manifest(**{**values, "shape": tuple(values["shape"]), "class_names": tuple(values["class_names"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.config_file}: no description of the data ({error})") from None
+
+    def preset(self) -> str:
+        """Name of the preset the run started from."""
+        return str(self._config_json().get("preset", "?"))
+
+    def _config_json(self) -> dict[str, Any]:
+        try:
+            values = json.loads(self.config_file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.config_file}: cannot be read as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{self.config_file}: expected a JSON object")
+        return values
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged lines so far; a last line cut short by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: they belong to steps that are lost and will be run again."""
+        kept = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
+        write_atomic(self.metrics_file, "".join(kept))
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        """Figures of the finished run."""
+        return json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file in one step: a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,181 @@
+"""Sampling: one loop for Euler, Heun and the SDE, guidance inside an interval, images out.
+
+    from lsep.sample import load_ema, draw
+
+The noise of an image is a function of (seed, image index) alone: batch size and order change nothing of it.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from lsep_kernels.reference import normal
+from torch import Tensor
+
+from lsep import checkpoint
+from lsep.config import Config, SampleConfig
+from lsep.data.manifest import Manifest
+from lsep.errors import UserError
+from lsep.interpolant import Stream, velocity_to_score
+from lsep.model import SiT
+from lsep.objective import Objective
+from lsep.run import Run
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+SDE_LAST_TIME = 0.04
+"""The stochastic steps end here; one deterministic step leads to t = 0."""
+
+
+def times(sampler: str, steps: int) -> list[float]:
+    """The times a sampler visits, from 1 (noise) to 0 (data): `steps` of them are evaluated."""
+    if sampler != "sde":
+        return np.linspace(1, 0, steps + 1).tolist()
+    return [*np.linspace(1, SDE_LAST_TIME, steps).tolist(), 0.0] if steps > 1 else [1.0, 0.0]
+
+
+def integrate(
+    velocity: Velocity, x: Tensor, sampler: str, steps: int, kind: str, step_noise: Callable[[int], Tensor]
+) -> Tensor:
+    """Carry noise x `(N, ...)` float64 at t = 1 to data at t = 0.
+
+    ode: Euler. heun: Euler, then the mean of both slopes, but for the last step. sde: Euler-Maruyama on the reverse SDE
+    dx = (v - w s / 2) dt + sqrt(w) dW with diffusion w = 2t and score s, the last step without noise.
+    `velocity(x, t)` and `step_noise(i)` are float64 like x; `kind` names the path.
+    """
+    schedule = times(sampler, steps)
+    for i, (t, t_next) in enumerate(zip(schedule[:-1], schedule[1:], strict=True)):
+        dt, last = t_next - t, t_next == 0
+        slope = velocity(x, t)
+        if sampler == "sde":
+            score = velocity_to_score(slope, x, torch.tensor(t, dtype=torch.float64), kind)
+            slope = slope - t * score  # w / 2 = t
+            x = x + slope * dt
+            if not last:
+                x = x + math.sqrt(2 * t * -dt) * step_noise(i)
+        elif sampler == "heun" and not last:
+            ahead = velocity(x + slope * dt, t_next)
+            x = x + (slope + ahead) / 2 * dt
+        else:
+            x = x + slope * dt
+    return x
+
+
+def guided(model: SiT, y: Tensor, config: SampleConfig) -> Velocity:
+    """The model's velocity under labels y `(N,)`, extrapolated from the unlabelled one where guidance acts."""
+    null = torch.full_like(y, model.null_class)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        time = torch.full((len(x),), t, device=x.device)
+        if config.cfg == 1 or not config.guidance_low <= t <= config.guidance_high:
+            return model(x.float(), time, y).double()
+        both = model(x.float().repeat(2, 1, 1, 1), time.repeat(2), torch.cat([y, null])).double()
+        labelled, unlabelled = both.chunk(2)
+        return unlabelled + config.cfg * (labelled - unlabelled)
+
+    return velocity
+
+
+@torch.no_grad()
+def draw(model: SiT, config: Config, labels: Tensor, seed: int, bf16: bool = False, first: int = 0) -> Tensor:
+    """Samples `(N, C, H, W)` float32 for labels `(N,)` on the model's device; image i has index `first + i`."""
+    training = model.training
+    model.eval()
+    device = model.pos_embed.device
+    shape = (config.model.in_channels or 0, config.model.input_size or 0, config.model.input_size or 0)
+    if not config.model.conditional:
+        labels = torch.full_like(labels, model.null_class)
+    parts = []
+    for start in range(0, len(labels), config.sample.batch_size):
+        y = labels[start : start + config.sample.batch_size].to(device)
+        ids = torch.arange(first + start, first + start + len(y), device=device)
+        x = normal(seed, Stream.SAMPLE, 0, ids, shape).double()
+
+        def step_noise(i: int, ids: Tensor = ids) -> Tensor:
+            return normal(seed, Stream.SDE, i, ids, shape).double()
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            velocity = guided(model, y, config.sample)
+            x = integrate(velocity, x, config.sample.sampler, config.sample.steps, config.interpolant.path, step_noise)
+        parts.append(x.float())
+    model.train(training)
+    return torch.cat(parts)
+
+
+def grid_labels(num: int, num_classes: int) -> Tensor:
+    """Labels `(num,)` of a sample grid: the classes in turn."""
+    return torch.arange(num) % num_classes
+
+
+def to_images(x: Tensor, manifest: Manifest) -> np.ndarray:
+    """uint8 images `(N, H, W, channels)`; of latents the first three channels, plus and minus three units, as a preview."""
+    if manifest.kind == "pixels":
+        x = (x + 1) * 127.5
+    else:
+        x = (x[:, : 3 if x.shape[1] >= 3 else 1] / 6 + 0.5) * 255
+    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: int = 48) -> None:
+    """Tile uint8 images `(N, H, W, 1 or 3)` into one PNG; small ones are enlarged to about `side` pixels."""
+    from PIL import Image
+
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    zoom = max(1, side // height)
+    sheet = np.full((rows, columns, height + 1, width + 1, channels), 255, np.uint8)
+    sheet.reshape(-1, *sheet.shape[2:])[:n, :-1, :-1] = images
+    sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), channels)
+    sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def save_npz(x: Tensor, labels: Tensor, path: Path, manifest: Manifest) -> None:
+    """`arr_0` and labels `arr_1`: uint8 images (N, H, W, C), or for latent models float32 latents (N, C, H, W) as the VAE's decoder takes them."""
+    array = to_images(x, manifest) if manifest.kind == "pixels" else (x / manifest.scale + manifest.shift).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, array, labels.cpu().numpy())
+    temporary.replace(path)
+
+
+def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[SiT, Config, Manifest, int]:
+    """The EMA model of a run's newest checkpoint (or that of `step`) in eval mode, with its configuration, data and step."""
+    config, manifest = run.config(), run.manifest()
+    path = checkpoint.latest(run.checkpoints) if step is None else run.checkpoints / f"{step:07d}"
+    if path is None or not path.is_dir():
+        have = ", ".join(str(int(p.name)) for p in checkpoint.steps(run.checkpoints)) or "none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"{run.checkpoints}: {wanted}, found: {have}")
+    objective = Objective(config, manifest)
+    checkpoint.load_weights(path / "ema.safetensors", objective)
+    return objective.model.to(device).eval(), config, manifest, int(path.name)
+
+
+def sample(
+    run: Run, config: Config, classes: list[int] | None, num: int, seed: int, out: Path | None, step: int | None, device: str
+) -> tuple[Path, Path]:
+    """Draw `num` images from a run with the sampling settings of `config`; returns the PNG grid and the .npz."""
+    model, _, manifest, step = load_ema(run, step, device)
+    for c in classes or []:
+        if not 0 <= c < manifest.num_classes:
+            raise UserError(f"--classes holds {c}, expected from 0 to {manifest.num_classes - 1}")
+    labels = torch.tensor(classes)[grid_labels(num, len(classes))] if classes else grid_labels(num, manifest.num_classes)
+    out = out or run.samples / f"step-{step:07d}-seed-{seed}"
+    npz = out if out.suffix == ".npz" else out / "samples.npz"
+    grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
+    x = draw(model, config, labels, seed, bf16=device == "cuda")
+    save_npz(x, labels, npz, manifest)
+    save_grid(to_images(x[:400], manifest), grid)
+    if out.suffix != ".npz":
+        settings = {"step": step, "seed": seed, "num": num, "classes": classes, **vars(config.sample)}
+        (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return grid, npz

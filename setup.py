@@ -1,0 +1,12 @@
+"""Packages of the distribution; everything else stands in pyproject.toml.
+
+The folder ``kernels/`` installs as ``lsep_kernels`` and has no ``__init__.py``: a top-level package called ``kernels``
+would break installs beside Hugging Face's package of that name.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["lsep", "lsep.data", "lsep_kernels"],
+    package_dir={"lsep": "lsep", "lsep_kernels": "kernels"},
+)
