@@ -229,7 +229,7 @@ PRESETS: dict[str, Config] = {
     "quickstart": Config(
         model=ModelConfig(depth=4, hidden_size=96, num_heads=4),
         probe=ProbeConfig(depth=2, window_min=3),
-        optim=OptimConfig(lr=1e-3, probe_lr=1e-2, schedule="cosine", warmup_steps=30, ema_decay=0.99),
+        optim=OptimConfig(lr=5e-3, probe_lr=1e-2, schedule="cosine", warmup_steps=30, ema_decay=0.99),
         data=DataConfig(path="digits"),
         train=TrainConfig(steps=600, batch_size=128, log_every=20, checkpoint_every=200, sample_every=200),
         sample=SampleConfig(sampler="heun", steps=25, cfg=1.5, num=100, batch_size=200),

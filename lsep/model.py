@@ -112,12 +112,14 @@ class Block(nn.Module):
 
         Returns the other rows' tokens `(N - extra, T, D)` and the pooled features `(extra, D)` float32.
         """
-        main = len(x) - extra
+        # split, not slices: the backward of a slice fills a tensor of the full size with zeros.
+        rows = [len(x) - extra, extra]
         x, h, gate = self._attend(x, c)
-        h = self.mlp.fc1(h)
-        pooled = self.mlp.fc2(gelu_pool(h[main:], window))
-        features = gate_residual(pool(x[main:], window), gate[main:], pooled)
-        return gate_residual(x[:main], gate[:main], self.mlp.fc2(self.mlp.act(h[:main]))), features
+        (x_main, x_extra), (gate_main, gate_extra) = x.split(rows), gate.split(rows)
+        h_main, h_extra = self.mlp.fc1(h).split(rows)
+        pooled = self.mlp.fc2(gelu_pool(h_extra, window))
+        features = gate_residual(pool(x_extra, window), gate_extra, pooled)
+        return gate_residual(x_main, gate_main, self.mlp.fc2(self.mlp.act(h_main))), features
 
 
 class FinalLayer(nn.Module):
@@ -187,8 +189,8 @@ class SiT(nn.Module):
             assert isinstance(probed, Block)
             h, extra_features = probed.forward_probed(h, c, extra, window[keep:])
         else:
-            extra_features = pool(h[n:], window[keep:])
-            h = h[:n]
+            h, h_extra = h.split([n, extra])
+            extra_features = pool(h_extra, window[keep:])
         features = torch.cat([pool(h[:keep], window[:keep]), extra_features])
         for block in self.blocks[depth:]:
             h = block(h, c_main)
