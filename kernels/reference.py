@@ -21,8 +21,8 @@ _MASK32 = 0xFFFFFFFF
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-10 (Salmon et al., SC 2011): four 32-bit words for each 128-bit counter.
 
-    Counters are int64 tensors holding 32-bit words, broadcast against each other; `seed` is the 64-bit key. Returns int64
-    tensors in [0, 2^32). Integer arithmetic only, so CPU and GPU agree bit for bit.
+    Counters are int64 tensors holding 32-bit words, broadcast against each other; `seed` is the 64-bit key. Returns
+    int64 tensors in [0, 2^32). Integer arithmetic only, so CPU and GPU agree bit for bit.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
@@ -62,7 +62,7 @@ def uniform(seed: int, stream: int, epoch: Tensor | int, ids: Tensor) -> Tensor:
 
 
 def normal(seed: int, stream: int, epoch: Tensor | int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 numbers `(B, *shape)`, a function of (seed, stream, epoch, sample id) alone (Box-Muller)."""
+    """Standard normal float32 `(B, *shape)`, a function of (seed, stream, epoch, sample id) alone (Box-Muller)."""
     numel = 1
     for n in shape:
         numel *= n
@@ -99,7 +99,7 @@ def interpolate(x: Tensor, t: Tensor, e: Tensor, kind: str = "linear") -> tuple[
 
 
 def sample_moments(moments: Tensor, eps: Tensor) -> Tensor:
-    """Sample `mean + std * eps` of a diagonal Gaussian posterior; moments `(B, 2C, H, W)` = (mean, std), eps `(B, C, H, W)`."""
+    """Sample `mean + std * eps` of a VAE posterior; moments `(B, 2C, H, W)` = (mean, std), eps `(B, C, H, W)`."""
     mean, std = moments.float().chunk(2, dim=1)
     return mean + std * eps
 
@@ -136,7 +136,10 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def window_weights(size: Tensor, top: Tensor, left: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weights `(B, T)` float32 of the mean over a `size x size` window whose corner is at `top`, `left` `(B,)`; each row sums to 1."""
+    """Weights `(B, T)` float32 of the mean over a `size x size` window with its corner at `top`, `left` `(B,)`.
+
+    `size` is a scalar tensor, `grid` the (H, W) of the tokens. Each row sums to 1.
+    """
     rows = torch.arange(grid[0], device=top.device)
     cols = torch.arange(grid[1], device=top.device)
     inside_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)  # (B, H)

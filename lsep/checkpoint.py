@@ -2,8 +2,8 @@
 
     RUN/checkpoints/0000200/{model,ema,optimizer}.safetensors, state.json
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk leaves the
-earlier ones as they were. All randomness is a function of the seed and the step: the step is the whole random state.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk leaves
+the earlier ones as they were. All randomness is a function of seed and step: the step is the whole random state.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def _flush(path: Path) -> None:
 
 
 def _optimizer_tensors(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {p: n.removeprefix("model.") for n, p in objective.named_parameters()}
+    names: dict[Tensor, str] = {p: n.removeprefix("model.") for n, p in objective.named_parameters()}
     return {f"{key}.{names[p]}": v for p, state in optimizer.state.items() for key, v in state.items()}
 
 
@@ -118,9 +118,9 @@ def load(path: Path, objective: Objective, ema: Objective, optimizer: torch.opti
     for name, p in objective.named_parameters():
         name = name.removeprefix("model.")
         # A parameter that never had a gradient (a probe switched off from the start) has no state.
-        found = {k: tensors.pop(f"{k}.{name}", None) for k in ("step", "exp_avg", "exp_avg_sq")}
-        if found["step"] is not None:
-            optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in found.items()}
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
+        if keys:
+            optimizer.state[p] = {k: tensors.pop(f"{k}.{name}").to(p.device) for k in keys}
     if tensors:
         raise UserError(f"{path / 'optimizer.safetensors'}: unknown tensor {next(iter(tensors))!r}")
     return Progress(state["step"], state["seconds"])

@@ -74,9 +74,7 @@ def _check_probe(config: Config) -> None:
         f"--probe.weight-bins is 1, so the weight is constant, but --probe.weight-start is {p.weight_start} and "
         f"--probe.weight-end {p.weight_end}",
     )
-    _require(
-        p.end_step is None or p.end_step >= 0, f"--probe.end-step is {p.end_step}, expected None or at least 0"
-    )
+    _require(p.end_step is None or p.end_step >= 0, f"--probe.end-step is {p.end_step}, expected None or at least 0")
     _require(
         p.decay_start_epoch is None or p.decay_start_epoch >= 0,
         f"--probe.decay-start-epoch is {p.decay_start_epoch}, expected None or at least 0",
@@ -98,7 +96,7 @@ def _check_probe(config: Config) -> None:
 
 
 def resolve(config: Config, manifest: Manifest) -> Config:
-    """Fill the model's shape and classes from the data, check one against the other, and return the whole configuration."""
+    """Fill the model's shape and classes from the data, check one against the other; returns the whole."""
     check(config)
     channels, height, width = manifest.shape
     _require(height == width, f"{manifest.source}: images are {height} x {width}, expected squares")
@@ -109,7 +107,9 @@ def resolve(config: Config, manifest: Manifest) -> Config:
             wanted is None or wanted == value,
             f"{_flag('model.' + name)} is {wanted}, but the data at {manifest.source} has {value}",
         )
-    config = replace(config, model=replace(config.model, **found))
+    config = replace(
+        config, model=replace(config.model, input_size=height, in_channels=channels, num_classes=manifest.num_classes)
+    )
     _require(
         height % config.model.patch_size == 0,
         f"--model.patch-size is {config.model.patch_size}, expected a divisor of the data's side {height}",

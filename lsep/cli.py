@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,13 +46,16 @@ def train(argv: Args) -> None:
     )
     args = _parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
 
+    from lsep.checkpoint import latest
     from lsep.train import train as run_training
 
     try:
         run_training(args.config, args.run_dir, args.resume, preset=name or "")
     except KeyboardInterrupt:
-        again = " ".join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
-        print(f"\nstopped and saved in {args.run_dir}; go on with: {again}", file=sys.stderr)
+        kept = latest(args.run_dir / "checkpoints")
+        again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
+        saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
+        print(f"\nstopped; {saved}", file=sys.stderr)
         raise
 
 
@@ -86,9 +90,10 @@ class SampleArgs:
 
 
 def sample(argv: Args) -> None:
-    """draw images from a run's EMA weights: lsep sample RUN [--classes 3 7] [--num N] [--cfg 1.5] [--out DIR|FILE.npz]"""
+    """draw images from a run's EMA weights: lsep sample RUN [--classes 3 7] [--num N] [--cfg 1.5] [--out DIR]"""
     path, argv = _run_argument("sample", argv)
-    description = "Draw images from a run's EMA weights.\n\nExample: lsep sample runs/quickstart --classes 3 7 --num 64 --cfg 2"
+    example = "lsep sample runs/quickstart --classes 3 7 --num 64 --cfg 2"
+    description = f"Draw images from a run's EMA weights.\n\nExample: {example}"
     args = _parse(SampleArgs, argv, "lsep sample RUN", description)
 
     from lsep.checks import check
@@ -111,7 +116,7 @@ def sample(argv: Args) -> None:
 def report(argv: Args) -> None:
     """write a run's report.html again from its files: lsep report RUN"""
     path, argv = _run_argument("report", argv)
-    _no_flags("report RUN", "Write RUN/report.html from the run's own files.\n\nExample: lsep report runs/quickstart", argv)
+    _no_flags("report RUN", "Write RUN/report.html from the run's files.\n\nExample: lsep report runs/quickstart", argv)
     from lsep.report import render
     from lsep.run import Run
 
@@ -148,7 +153,8 @@ COMMANDS: dict[str, Callable[[Args], None]] = {c.__name__: c for c in (train, sa
 def _usage() -> str:
     lines = [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()]
     return (
-        "usage: lsep COMMAND ...\n\nFast training of flow transformers whose features are linearly separable (LSEP).\n\n"
+        "usage: lsep COMMAND ...\n\n"
+        "Fast training of flow transformers whose features are linearly separable (LSEP).\n\n"
         + "\n".join(lines)
         + "\n\n`lsep COMMAND --help` shows its flags. Start with: lsep train quickstart\n"
     )

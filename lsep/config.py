@@ -3,8 +3,8 @@
     from lsep.config import PRESETS, override
     config = override(PRESETS["quickstart"], {"train.steps": 100})
 
-Flags and their help are generated from the fields (`lsep train PRESET --help`). The resolved configuration is written to
-every run as `config.json`. Nothing here imports torch.
+Flags and their help are generated from the fields (`lsep train PRESET --help`). The resolved configuration is written
+to every run as `config.json`. Nothing here imports torch.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -62,9 +62,10 @@ class ProbeConfig:
     enabled: bool = True
     """Train with the LSEP term; False is plain SiT."""
     branch: Literal["shared", "paper"] = "shared"
-    """shared: probe the main pass where the label states agree, a second pass elsewhere; paper: independent draws and a full second pass."""
+    """shared: a second pass only where the label states of main pass and probe differ; paper: independent draws and a
+    full second pass."""
     extra_fraction: float | None = None
-    """Fraction e of the batch that gets a second pass (shared), from 0 to rho - p; None is rho - p, the full objective."""
+    """Fraction e of the batch with a second pass (shared), from 0 to rho - p; None is rho - p, the full objective."""
     rho: float = 0.9
     """Probability that the probe's branch drops its label."""
     depth: int = 8
@@ -88,7 +89,7 @@ class ProbeConfig:
     end_step: int | None = None
     """Drop the probe from this step on (plain SiT from there); None keeps it."""
     pool_before_fc2: bool = True
-    """In the probed block, pool the second pass before the linear fc2 (same result, a third of that block's matmuls less)."""
+    """In the probed block, pool the second pass before the linear fc2: same result, a third of its matmuls less."""
 
 
 @dataclass(frozen=True)
@@ -307,5 +308,3 @@ def differences(old: Config, new: Config) -> list[str]:
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
     before, after = flat(old), flat(new)
     return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if k not in free and before[k] != after[k]]
-
-

@@ -7,9 +7,10 @@ class UserError(Exception):
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`"; did you mean 'a' or 'b'?"` for the names most like `word`, or the list of all where none is near."""
-    from difflib import get_close_matches
+    from difflib import SequenceMatcher
 
-    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    likeness = {name: SequenceMatcher(None, word, name).ratio() for name in known}
+    close = sorted((name for name in known if likeness[name] > 0.5), key=lambda name: -likeness[name])[:3]
     if close:
-        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
+        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
     return "; known are " + ", ".join(sorted(known))

@@ -8,11 +8,11 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
-from lsep_kernels.reference import interpolate, normal, path, sample_moments, uniform
 from torch import Tensor
 
 from lsep.config import InterpolantConfig
 from lsep.data.manifest import Manifest
+from lsep_kernels.reference import interpolate, normal, path, sample_moments, uniform
 
 
 class Stream(IntEnum):
@@ -62,7 +62,7 @@ def noise(x: Tensor, config: InterpolantConfig, seed: int, epoch: Tensor, ids: T
 
 
 def velocity_to_score(v: Tensor, x: Tensor, t: Tensor, kind: str) -> Tensor:
-    """Score of p_t from the velocity: solve x_t = alpha x + sigma e, v = alpha' x + sigma' e for e; the score is -e / sigma."""
+    """Score of p_t: solve x_t = alpha x + sigma e and v = alpha' x + sigma' e for e; the score is -e / sigma."""
     alpha, sigma, d_alpha, d_sigma = path(t, kind)
     e = (alpha * v - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
     return -e / sigma

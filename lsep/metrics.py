@@ -8,7 +8,7 @@ from lsep.run import Run
 
 
 class Logger:
-    """Writes one dictionary of figures to every place, with a progress bar, or plain lines where there is no terminal."""
+    """Writes figures to every place, with a progress bar, or plain lines where the output is no terminal."""
 
     def __init__(self, run: Run, first: int, steps: int, wandb_project: str | None, settings: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +26,7 @@ class Logger:
         self.bar.update()
 
     def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics; `step`, `loss`, `probe_accuracy` (or None) and `images_per_second` also go to the terminal."""
+        """One line of metrics; step, loss, probe accuracy and images/s also go to the terminal."""
         self.run.append_metrics(values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
         for name, value in numbers.items():
@@ -65,11 +65,15 @@ def _minutes(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _start_wandb(run: Run, project: str, settings: dict[str, Any]) -> Any:
+def require_wandb() -> Any:
+    """The module wandb; raises UserError when it is not installed."""
     try:
         import wandb
     except ImportError:
-        raise UserError(
-            "--train.wandb needs the package wandb, which is not installed: pip install 'lsep[wandb]'"
-        ) from None
-    return wandb.init(project=project, dir=str(run.path), name=run.path.name, id=run.path.name, resume="allow", config=settings)
+        raise UserError("--train.wandb needs the package wandb, which is not installed: pip install wandb") from None
+    return wandb
+
+
+def _start_wandb(run: Run, project: str, settings: dict[str, Any]) -> Any:
+    name = run.path.name
+    return require_wandb().init(project=project, dir=str(run.path), name=name, id=name, resume="allow", config=settings)

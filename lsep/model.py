@@ -8,10 +8,10 @@ Parameter names are those of the published weights (`blocks.0.attn.qkv.weight`, 
 import math
 
 import torch
-from lsep_kernels.reference import attention, gate_residual, gelu_pool, norm_modulate, pool
 from torch import Tensor, nn
 
 from lsep.config import Config
+from lsep_kernels.reference import attention, gate_residual, gelu_pool, norm_modulate, pool
 
 
 class PatchEmbed(nn.Module):
@@ -156,7 +156,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(m.hidden_size, m.patch_size**2 * m.in_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity `(N, C, H, W)` of x `(N, C, H, W)` at times t `(N,)` under labels y `(N,)`; `null_class` is no label."""
+        """Velocity of x, both `(N, C, H, W)`, at times t `(N,)` under labels y `(N,)`; `null_class` is no label."""
         h = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
@@ -172,7 +172,7 @@ class SiT(nn.Module):
         `extra_y`, appended to the batch: one set of matmuls of N + extra rows. The probe reads those rows for these
         samples and the main pass for the others.
 
-        window `(N, T)` holds the pooling weights of each sample. Returns v `(N, C, H, W)` and features `(N, D)` float32.
+        window `(N, T)` holds each sample's pooling weights. Returns v `(N, C, H, W)` and features `(N, D)` float32.
         """
         n, extra = len(x), len(extra_y)
         keep = n - extra
@@ -211,15 +211,15 @@ class SiT(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=0.02, generator=generator)
-        modulations = [m.adaLN_modulation[-1] for m in (*self.blocks, self.final_layer)]
-        for linear in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """Frozen 2-D positions `(grid * grid, width)`: half the width for the column, half for the row, sines before cosines."""
+    """Frozen 2-D positions `(grid^2, width)`: half the width for the column, half for the row, sines first in each."""
     frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     place = torch.arange(grid, dtype=torch.float64)
     angles = place[:, None] * frequencies

@@ -6,7 +6,6 @@ Denoising loss plus the LSEP term, with the backbone and the probe's classifier 
 from typing import NamedTuple
 
 import torch
-from lsep_kernels.reference import probe_cross_entropy, uniform, velocity_loss
 from torch import Tensor, nn
 
 from lsep import interpolant, probe
@@ -16,13 +15,14 @@ from lsep.data.manifest import Manifest
 from lsep.interpolant import Stream
 from lsep.model import SiT
 from lsep.plan import BranchPlan
+from lsep_kernels.reference import probe_cross_entropy, uniform, velocity_loss
 
 TIME_BINS = 10
 """Bins of t in the statistics of the probe."""
 
 
 class Losses(NamedTuple):
-    """Scalar tensors on the device, and sums for each bin of t over the unlabelled probe samples: `(2, TIME_BINS)`, hits and counts."""
+    """Scalars on the device, and the probe's hits and counts over unlabelled samples by bin of t, `(2, TIME_BINS)`."""
 
     total: Tensor
     denoising: Tensor
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch)
 
     def label_states(self, batch: Batch, plan: BranchPlan, epoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Main labels `(B,)`, labels of the second pass `(extra,)`, and which probe samples are unlabelled, `(B,)` bool."""
+        """Main labels `(B,)`, labels of the second pass `(extra,)`, and what the probe sees unlabelled `(B,)`."""
         null = self.model.null_class
         if not plan.paper:
             place = torch.arange(plan.batch, device=batch.y.device)

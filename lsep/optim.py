@@ -15,12 +15,17 @@ def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Ad
     if objective.classifier is not None:
         groups.append({"params": list(objective.classifier.parameters()), "base_lr": config.probe_lr})
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
 def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
-    """Learning rate of `step` (counted from 0) as a multiple of its base: linear warm-up, then constant or cosine to 0."""
+    """Learning rate of `step` (from 0) as a multiple of its base: linear warm-up, then constant or cosine to 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -29,7 +34,9 @@ def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_step(optimizer: torch.optim.AdamW, ema: nn.Module, objective: nn.Module, config: OptimConfig, factor: float) -> Tensor:
+def optimizer_step(
+    optimizer: torch.optim.AdamW, ema: nn.Module, objective: nn.Module, config: OptimConfig, factor: float
+) -> Tensor:
     """Clip, update all weights, average them; returns the gradient norm before clipping, on the device."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

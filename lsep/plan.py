@@ -1,16 +1,16 @@
 """The branch plan: which samples lose their label in which branch, and which need a second pass.
 
-The denoiser drops labels with probability p, the probe with rho > p. Both losses are sums over samples, so their expected
-gradients depend on the two marginals only, and the label states of the two branches may be coupled. A batch, already in
-random order, is cut by position:
+The denoiser drops labels with probability p, the probe with rho > p. Both losses are sums over samples, so their
+expected gradients depend on the two marginals only, and the label states of the two branches may be coupled. A batch,
+already in random order, is cut by position:
 
     first  null               main unlabelled, probe unlabelled    the probe reads the main pass
     then                      main labelled,   probe labelled      likewise
     last   extra              main labelled,   probe unlabelled    the only samples that need a second pass
 
-With extra = (rho - p) B this is the paper's objective at 0.8 of its second pass. With fewer, the unlabelled probe samples
-there are get total weight rho and the labelled ones 1 - rho: still unbiased, at more variance. `paper` keeps independent
-draws and a full second pass, as the reference.
+With extra = (rho - p) B this is the paper's objective at 0.8 of its second pass. With fewer, the unlabelled probe
+samples there are get total weight rho and the labelled ones 1 - rho: still unbiased, at more variance. `paper` keeps
+independent draws and a full second pass, as the reference.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
 """The LSEP term: window, classifier, weight of time and of the epoch (arXiv 2509.21565, section 3)."""
 
 import torch
-from lsep_kernels.reference import uniform, window_weights
 from torch import Tensor, nn
 
 from lsep.config import ProbeConfig
 from lsep.interpolant import Stream
+from lsep_kernels.reference import uniform, window_weights
 
 
 def build_classifier(width: int, num_classes: int) -> nn.Sequential:
@@ -14,8 +14,10 @@ def build_classifier(width: int, num_classes: int) -> nn.Sequential:
 
 
 def initialize_classifier(classifier: nn.Sequential, generator: torch.Generator) -> None:
-    nn.init.xavier_uniform_(classifier[1].weight, generator=generator)
-    nn.init.zeros_(classifier[1].bias)
+    linear = classifier[1]
+    assert isinstance(linear, nn.Linear)
+    nn.init.xavier_uniform_(linear.weight, generator=generator)
+    nn.init.zeros_(linear.bias)
 
 
 def draw_windows(config: ProbeConfig, grid: int, seed: int, step: Tensor, epoch: Tensor, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ AGREEMENT_SAMPLES = 200
 
 
 def finish(model: SiT, config: Config, manifest: Manifest, run: Run, bf16: bool) -> str:
-    """Draw the last sample grid from the EMA `model`, judge digits, write results.json and the report; returns what to print."""
+    """Draw the last grid from the EMA `model`, judge digits, write results.json and report; returns what to print."""
     import torch
 
     from lsep import sample
@@ -76,12 +76,17 @@ def render(run: Run) -> Path:
 
 def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: dict[str, Any]) -> str:
     m, p = config.model, config.probe
-    plan = f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, depth {p.depth}" if p.enabled else "off (plain SiT)"
+    plan = (
+        f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, depth {p.depth}"
+        if p.enabled
+        else "off (plain SiT)"
+    )
     rows = {
         "model": f"SiT, {m.depth} blocks of width {m.hidden_size}, patch {m.patch_size}, "
         f"{m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes",
         "probe": plan,
-        "progress": f"step {metrics[-1]['step'] if metrics else 0} of {config.train.steps}, batch {config.train.batch_size}",
+        "progress": f"step {metrics[-1]['step'] if metrics else 0} of {config.train.steps}",
+        "batch": str(config.train.batch_size),
         "sampler": f"{config.sample.sampler}, {config.sample.steps} steps, guidance {config.sample.cfg:g}",
     }
     if "agreement" in results:
@@ -92,7 +97,11 @@ def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: d
 
 def _curves(metrics: list[dict[str, Any]]) -> list[str]:
     steps = [m["step"] for m in metrics]
-    losses = {name: (steps, [m[name] for m in metrics]) for name in ("loss", "denoising", "lsep") if any(m["lsep"] for m in metrics) or name == "denoising"}
+    losses = {
+        name: (steps, [m[name] for m in metrics])
+        for name in ("loss", "denoising", "lsep")
+        if any(m["lsep"] for m in metrics) or name == "denoising"
+    }
     out = ["<h2>Training</h2><div class=curves>", _plot("loss", losses, log=True)]
     probed = [m for m in metrics if m["probe_accuracy"] is not None]
     if probed:
@@ -127,7 +136,9 @@ def _time_bins(probed: list[dict[str, Any]]) -> str:
     edges = [0, *(m["step"] for m in probed)]
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    mesh = axes.pcolormesh(edges, np.linspace(0, 1, len(values) + 1), values, vmin=0, vmax=1, cmap="viridis", rasterized=True)
+    mesh = axes.pcolormesh(
+        edges, np.linspace(0, 1, len(values) + 1), values, vmin=0, vmax=1, cmap="viridis", rasterized=True
+    )
     axes.set(title="probe accuracy by time", xlabel="step", ylabel="t (1 is noise)")
     figure.colorbar(mesh)
     return _svg(figure)
@@ -142,7 +153,9 @@ def _svg(figure: Any) -> str:
 
 def _figure(png: bytes, caption: str) -> str:
     data = base64.b64encode(png).decode()
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 _PAGE = """<!doctype html>
@@ -151,7 +164,7 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }}
+table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; }}
 .curves, .grids {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
 figure {{ margin: 0; }} img {{ max-width: 32rem; image-rendering: pixelated; }}
 </style>

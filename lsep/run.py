@@ -1,6 +1,6 @@
 """A run directory: its configuration, its checkpoints, its metrics, its sample grids.
 
-    RUN/config.json  metrics.jsonl  results.json  checkpoints/  samples/  tensorboard/  report.html
+RUN/config.json  metrics.jsonl  results.json  checkpoints/  samples/  tensorboard/  report.html
 """
 
 import json
@@ -34,12 +34,14 @@ class Run:
         return run
 
     def open(self, config: Config, manifest: Manifest, preset: str) -> None:
-        """Start or continue here under the resolved `config`; another run's directory is refused, nothing overwritten."""
+        """Start or continue here under the resolved `config`; a directory of another run is refused untouched."""
         if self.config_file.exists():
             changed = differences(self.config(), config)
             before, after = asdict(self.manifest()), asdict(manifest)
             # The data may have moved, but it must be the same data.
-            changed += [f"data's {k}: {before[k]!r} -> {after[k]!r}" for k in after if k != "source" and before[k] != after[k]]
+            changed += [
+                f"data's {k}: {before[k]!r} -> {after[k]!r}" for k in after if k != "source" and before[k] != after[k]
+            ]
             if changed:
                 raise UserError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}): choose another "

@@ -8,11 +8,11 @@ The noise of an image is a function of (seed, image index) alone: batch size and
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from lsep_kernels.reference import normal
 from torch import Tensor
 
 from lsep import checkpoint
@@ -23,6 +23,7 @@ from lsep.interpolant import Stream, velocity_to_score
 from lsep.model import SiT
 from lsep.objective import Objective
 from lsep.run import Run
+from lsep_kernels.reference import normal
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -47,7 +48,7 @@ def integrate(
     `velocity(x, t)` and `step_noise(i)` are float64 like x; `kind` names the path.
     """
     schedule = times(sampler, steps)
-    for i, (t, t_next) in enumerate(zip(schedule[:-1], schedule[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(schedule)):
         dt, last = t_next - t, t_next == 0
         slope = velocity(x, t)
         if sampler == "sde":
@@ -111,7 +112,7 @@ def grid_labels(num: int, num_classes: int) -> Tensor:
 
 
 def to_images(x: Tensor, manifest: Manifest) -> np.ndarray:
-    """uint8 images `(N, H, W, channels)`; of latents the first three channels, plus and minus three units, as a preview."""
+    """uint8 images `(N, H, W, channels)`; of latents a preview, their first three channels from -3 to 3."""
     if manifest.kind == "pixels":
         x = (x + 1) * 127.5
     else:
@@ -138,7 +139,7 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
 
 
 def save_npz(x: Tensor, labels: Tensor, path: Path, manifest: Manifest) -> None:
-    """`arr_0` and labels `arr_1`: uint8 images (N, H, W, C), or for latent models float32 latents (N, C, H, W) as the VAE's decoder takes them."""
+    """Labels `arr_1` and `arr_0`: uint8 images (N, H, W, C), or float32 latents (N, C, H, W) as a VAE decodes them."""
     array = to_images(x, manifest) if manifest.kind == "pixels" else (x / manifest.scale + manifest.shift).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -148,7 +149,7 @@ def save_npz(x: Tensor, labels: Tensor, path: Path, manifest: Manifest) -> None:
 
 
 def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[SiT, Config, Manifest, int]:
-    """The EMA model of a run's newest checkpoint (or that of `step`) in eval mode, with its configuration, data and step."""
+    """EMA model of a run's newest checkpoint (or that of `step`) in eval mode, configuration, data and step."""
     config, manifest = run.config(), run.manifest()
     path = checkpoint.latest(run.checkpoints) if step is None else run.checkpoints / f"{step:07d}"
     if path is None or not path.is_dir():
@@ -161,14 +162,23 @@ def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Si
 
 
 def sample(
-    run: Run, config: Config, classes: list[int] | None, num: int, seed: int, out: Path | None, step: int | None, device: str
+    run: Run,
+    config: Config,
+    classes: list[int] | None,
+    num: int,
+    seed: int,
+    out: Path | None,
+    step: int | None,
+    device: str,
 ) -> tuple[Path, Path]:
     """Draw `num` images from a run with the sampling settings of `config`; returns the PNG grid and the .npz."""
     model, _, manifest, step = load_ema(run, step, device)
     for c in classes or []:
         if not 0 <= c < manifest.num_classes:
             raise UserError(f"--classes holds {c}, expected from 0 to {manifest.num_classes - 1}")
-    labels = torch.tensor(classes)[grid_labels(num, len(classes))] if classes else grid_labels(num, manifest.num_classes)
+    labels = (
+        torch.tensor(classes)[grid_labels(num, len(classes))] if classes else grid_labels(num, manifest.num_classes)
+    )
     out = out or run.samples / f"step-{step:07d}-seed-{seed}"
     npz = out if out.suffix == ".npz" else out / "samples.npz"
     grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"

@@ -1,8 +1,8 @@
 """Training: `setup`, `train_step`, and the loop.
 
-    from lsep.config import PRESETS
-    from lsep.train import train
-    train(PRESETS["quickstart"], "runs/mine")
+from lsep.config import PRESETS
+from lsep.train import train
+train(PRESETS["quickstart"], "runs/mine")
 """
 
 import copy
@@ -29,7 +29,7 @@ from lsep.data import order
 from lsep.data.loader import Batch, open_source, steps_of_batches
 from lsep.data.manifest import Source
 from lsep.errors import UserError
-from lsep.metrics import Logger
+from lsep.metrics import Logger, require_wandb
 from lsep.objective import TIME_BINS, Losses, Objective
 from lsep.optim import build_optimizer, optimizer_step, rate_factor
 from lsep.plan import BranchPlan, branch_plan
@@ -57,7 +57,9 @@ class State:
 def pick_device(wanted: str) -> torch.device:
     """The device behind `--train.device` or `--device`."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device 'cuda' was asked for, but torch {torch.__version__} finds no GPU here; expected 'cpu' or 'auto'")
+        raise UserError(
+            f"device 'cuda' was asked for, but torch {torch.__version__} finds no GPU here; expected 'cpu' or 'auto'"
+        )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -66,6 +68,8 @@ def setup(config: Config) -> State:
     check(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process, expected 1")
+    if config.train.wandb:
+        require_wandb()
     device = pick_device(config.train.device)
     source = open_source(config.data.path)
     config = resolve(config, source.manifest)
@@ -97,7 +101,7 @@ def setup(config: Config) -> State:
 def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
     """One optimizer step, without a host sync. `step` counts from 0.
 
-    Returns (denoising, lsep, gradient norm, hits by time bin, counts by time bin) on the device, see `objective.Losses`.
+    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t) on the device, see `Losses`.
     """
     config = state.config
     probe = config.probe.enabled and (config.probe.end_step is None or step < config.probe.end_step)
@@ -153,7 +157,9 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
     return run
 
 
-def _loop(state: State, run: Run, logger: Logger, progress: checkpoint.Progress, interrupted: Callable[[], bool]) -> None:
+def _loop(
+    state: State, run: Run, logger: Logger, progress: checkpoint.Progress, interrupted: Callable[[], bool]
+) -> None:
     config, step = state.config.train, progress.step
     clock = _Clock(state.device, progress.seconds)
     window = _Window(state, step, progress.seconds)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, override
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
@@ -28,7 +29,7 @@ def tiny(**changes: Any) -> Config:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A store of 43 moments (2 x 3 channels, 8 x 8) in shards of 16, five classes, and a probe label of seven classes."""
+    """A store of 43 moments (2 x 3 channels, 8 x 8) in shards of 16, five classes, and seven of the probe's own."""
     rng = np.random.default_rng(0)
     mean, std = rng.normal(size=(43, 3, 8, 8)), rng.uniform(0.1, 0.5, size=(43, 3, 8, 8))
     write_store(

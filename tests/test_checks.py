@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 from conftest import MANIFEST, tiny
+
 from lsep.checks import check, resolve
 from lsep.config import PRESETS
 from lsep.errors import UserError
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS])
+@pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_pass(name: str) -> None:
     check(PRESETS[name])
 

@@ -3,6 +3,7 @@
 from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
+
 from lsep.config import PRESETS, Config, differences, flat, from_dict, override, preset
 from lsep.errors import UserError
 
@@ -18,20 +19,27 @@ def test_fields_of_the_contract() -> None:
 
 
 def test_preset_names() -> None:
-    sit = {f"sit-{s}-{p}-256" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} | {f"sit-{s}-2-512" for s in ("b", "l", "xl")}
+    sit = {f"sit-{s}-{p}-256" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} | {
+        f"sit-{s}-2-512" for s in ("b", "l", "xl")
+    }
     assert set(PRESETS) == sit | {"quickstart"}
 
 
-@pytest.mark.parametrize(("name", "side", "windows", "epochs"), [("sit-xl-2-256", 32, 12, 800), ("sit-xl-2-512", 64, 24, 240)])
+@pytest.mark.parametrize(
+    ("name", "side", "windows", "epochs"), [("sit-xl-2-256", 32, 12, 800), ("sit-xl-2-512", 64, 24, 240)]
+)
 def test_xl_is_the_reported_run(name: str, side: int, windows: int, epochs: int) -> None:
     """The settings of arXiv 2509.21565 for SiT-XL/2, each written out."""
     reported = {
-        "model.depth": 28, "model.hidden_size": 1152, "model.num_heads": 16, "model.patch_size": 2, "model.mlp_ratio": 4.0,
-        "model.input_size": side, "model.class_dropout_prob": 0.1, "model.qk_norm": False, "model.conditional": True,
+        "model.depth": 28, "model.hidden_size": 1152, "model.num_heads": 16, "model.patch_size": 2,
+        "model.mlp_ratio": 4.0, "model.input_size": side, "model.class_dropout_prob": 0.1, "model.qk_norm": False,
+        "model.conditional": True,
         "interpolant.path": "linear", "interpolant.time": "uniform",
-        "probe.enabled": True, "probe.rho": 0.9, "probe.depth": 8, "probe.window_min": windows, "probe.window_max": None,
-        "probe.weight_start": 0.0225, "probe.weight_end": 0.03, "probe.weight_bins": 10, "probe.label_smoothing": 0.0,
-        "probe.decay_start_epoch": 100, "probe.decay_epochs": 800, "probe.branch": "shared", "probe.extra_fraction": None,
+        "probe.enabled": True, "probe.rho": 0.9, "probe.depth": 8, "probe.window_min": windows,
+        "probe.window_max": None, "probe.weight_start": 0.0225, "probe.weight_end": 0.03, "probe.weight_bins": 10,
+        "probe.label_smoothing": 0.0,
+        "probe.decay_start_epoch": 100, "probe.decay_epochs": 800, "probe.branch": "shared",
+        "probe.extra_fraction": None,
         "optim.lr": 1e-4, "optim.probe_lr": 1e-4, "optim.beta1": 0.9, "optim.beta2": 0.999, "optim.eps": 1e-8,
         "optim.weight_decay": 0.0, "optim.clip": 1.0, "optim.schedule": "constant", "optim.warmup_steps": 0,
         "optim.ema_decay": 0.9999, "train.batch_size": 256, "train.steps": epochs * (1_281_167 // 256),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MANIFEST, lively, relative_error, tiny
+
 from lsep.checks import resolve
 from lsep.config import PRESETS, Config, override
 from lsep.model import SiT, sincos_positions
@@ -70,8 +71,8 @@ def test_positions_name_row_and_column() -> None:
     table = sincos_positions(3, 8).view(3, 3, 8)
     for row in range(3):
         for column in range(3):
-            halves = [[math.sin(p), math.sin(p / 100), math.cos(p), math.cos(p / 100)] for p in (column, row)]
-            np.testing.assert_allclose(table[row, column], sum(halves, []), atol=1e-7)
+            halves = [f(p / d) for p in (column, row) for f in (math.sin, math.cos) for d in (1, 100)]
+            np.testing.assert_allclose(table[row, column], halves, atol=1e-7)
 
 
 def test_time_embedding_has_cosines_first() -> None:
@@ -103,7 +104,7 @@ def test_unpatchify_inverts_patches() -> None:
 def test_forward_is_the_papers_equations() -> None:
     """A second SiT, written from the equations in float64, on the same weights."""
     model = build().double()
-    w = {k: v for k, v in model.state_dict().items()}
+    w = dict(model.state_dict())
     x, t, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
 
     def linear(h: torch.Tensor, name: str) -> torch.Tensor:

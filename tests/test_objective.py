@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MANIFEST, lively, random_batch, relative_error, tiny
+
 from lsep import probe
 from lsep.checks import resolve
 from lsep.interpolant import noise
@@ -58,7 +59,9 @@ def test_joint_pass_equals_two_passes(branch: tuple[str, float | None], qk_norm:
     h = features(objective, noised.x_t, noised.t, probe_y)
     assert objective.classifier is not None
     ce = probe_cross_entropy(objective.classifier(pool(h, window)), batch.probe_y, 0.1)
-    weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight) * probe.time_weights(config.probe, noised.t)
+    weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight) * probe.time_weights(
+        config.probe, noised.t
+    )
     lsep = (weight * ce).sum()
     truth = gradient(objective, denoising + lsep)
 

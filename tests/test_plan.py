@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import tiny
+
 from lsep.errors import UserError
 from lsep.plan import BranchPlan, branch_plan
 
@@ -42,7 +43,9 @@ def test_shards_are_the_global_batch_dealt_out(shards: int) -> None:
 
         def states(plan: BranchPlan, scale: float) -> list[tuple[bool, bool, float]]:
             last = plan.batch - plan.extra
-            weight = [plan.null_weight if i < plan.null or i >= last else plan.labelled_weight for i in range(plan.batch)]
+            weight = [
+                plan.null_weight if i < plan.null or i >= last else plan.labelled_weight for i in range(plan.batch)
+            ]
             return [(i < plan.null, i >= last, pytest.approx(w / scale)) for i, w in enumerate(weight)]  # type: ignore[misc]
 
         truth = states(whole, 1)

@@ -36,7 +36,7 @@ def _load() -> tuple[np.ndarray, Ids]:
 
 
 def agreement(images: np.ndarray, labels: Ids) -> float:
-    """Share of uint8 images `(N, 8, 8, 1)` that a 3-NN classifier on the real digits gives the class asked for, `labels (N,)`."""
+    """Share of uint8 images `(N, 8, 8, 1)` to which a 3-NN classifier on the real digits gives their label `(N,)`."""
     from sklearn.neighbors import KNeighborsClassifier
 
     x, y = _load()

@@ -20,7 +20,7 @@ from lsep.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One micro-batch on the device: x `(B, *row_shape)`, labels y and probe_y `(B,)`, sample ids `(B,)`, all int64 but x."""
+    """A micro-batch on the device: x `(B, *row_shape)`, int64 labels y and probe_y `(B,)`, int64 sample ids `(B,)`."""
 
     x: Tensor
     y: Tensor
@@ -38,7 +38,14 @@ def open_source(path: str | None) -> Source:
 
 
 def steps_of_batches(
-    source: Source, seed: int, batch_size: int, accumulate: int, first: int, last: int, device: torch.device, prefetch: int
+    source: Source,
+    seed: int,
+    batch_size: int,
+    accumulate: int,
+    first: int,
+    last: int,
+    device: torch.device,
+    prefetch: int,
 ) -> Iterator[list[Batch]]:
     """For each step from `first` to `last - 1` its micro-batches, read up to `prefetch` steps ahead."""
 
@@ -54,7 +61,9 @@ def steps_of_batches(
     # One thread keeps the order of errors; it is never joined on an error, so a slow read cannot hold up the message.
     pool = ThreadPoolExecutor(1, thread_name_prefix="lsep-loader")
     try:
-        ahead: deque[Future[list[Batch]]] = deque(pool.submit(read, s) for s in range(first, min(last, first + prefetch)))
+        ahead: deque[Future[list[Batch]]] = deque(
+            pool.submit(read, s) for s in range(first, min(last, first + prefetch))
+        )
         for step in range(first, last):
             ready = ahead.popleft().result()
             if step + prefetch < last:

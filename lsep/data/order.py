@@ -1,7 +1,7 @@
 """Which sample comes when: a pure function of (seed, step), so the loader's whole state is the step.
 
 Every epoch is a full permutation; the tail that does not fill a batch is left out. A global batch is dealt to `shards`
-(devices times micro-batches) like cards, position g to shard g mod shards, so that it is the same for any number of them.
+(devices times micro-batches) like cards, position g to shard g mod shards: it is the same for any number of them.
 """
 
 from functools import lru_cache

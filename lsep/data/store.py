@@ -18,7 +18,12 @@ from lsep.data.manifest import Ids, Manifest, Rows
 from lsep.errors import UserError
 
 VERSION = 1
-_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "U8": np.dtype("uint8"),
+    "I64": np.dtype("int64"),
+}
 
 
 class _Shard:
@@ -29,7 +34,9 @@ class _Shard:
         try:
             self.file = path.open("rb")  # closed with the shard
         except OSError as error:
-            raise UserError(f"{path}: the manifest names this shard, but it cannot be opened: {error.strerror}") from None
+            raise UserError(
+                f"{path}: the manifest names this shard, but it cannot be opened: {error.strerror}"
+            ) from None
         self.fd = self.file.fileno()
         size = os.fstat(self.fd).st_size
         length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
@@ -40,7 +47,9 @@ class _Shard:
             self.columns = {k: self._column(v, 8 + length) for k, v in header.items() if k != "__metadata__"}
             x_dtype, x_shape, self.offset, end = self.columns[manifest.kind]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: expected a safetensors file with a {manifest.kind!r} tensor ({error!r})") from None
+            raise UserError(
+                f"{path}: expected a safetensors file with a {manifest.kind!r} tensor ({error!r})"
+            ) from None
         if x_shape != (rows, *manifest.row_shape):
             raise UserError(
                 f"{path}: {manifest.kind} has shape {x_shape}, expected {(rows, *manifest.row_shape)} by the manifest"
@@ -50,7 +59,9 @@ class _Shard:
         self.dtype = x_dtype
         self.row_bytes = x_dtype.itemsize * int(np.prod(manifest.row_shape))
         if end - self.offset != rows * self.row_bytes:
-            raise UserError(f"{path}: {manifest.kind} spans {end - self.offset} bytes, expected {rows * self.row_bytes}")
+            raise UserError(
+                f"{path}: {manifest.kind} spans {end - self.offset} bytes, expected {rows * self.row_bytes}"
+            )
 
     @staticmethod
     def _column(entry: dict[str, Any], base: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
@@ -71,14 +82,17 @@ class _Shard:
         if len(wrong):
             row = int(wrong[0])
             raise UserError(
-                f"{self.path}: {name} of row {row} is {int(labels[row])}, expected from 0 to {classes - 1} by the manifest"
+                f"{self.path}: {name} of row {row} is {int(labels[row])}, "
+                f"expected from 0 to {classes - 1} by the manifest"
             )
         return labels
 
     def read_row(self, row: int, out: np.ndarray, sample: int) -> None:
         got = os.preadv(self.fd, [out.data], self.offset + row * self.row_bytes)
         if got != self.row_bytes:
-            raise UserError(f"{self.path}: row {row} (sample {sample}) is truncated, {got} of {self.row_bytes} bytes found")
+            raise UserError(
+                f"{self.path}: row {row} (sample {sample}) is truncated, {got} of {self.row_bytes} bytes found"
+            )
 
 
 class Store:
@@ -163,12 +177,12 @@ def write_store(
     shift: float = 0.0,
     shard_rows: int = 8192,
 ) -> None:
-    """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store; the manifest comes last."""
+    """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store, the manifest last."""
     from safetensors.numpy import save_file
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
+    shards: list[dict[str, str | int]] = []
     for start in range(0, len(x), shard_rows):
         rows = slice(start, start + shard_rows)
         tensors = {kind: np.ascontiguousarray(x[rows]), "labels": y[rows].astype(np.int64)}

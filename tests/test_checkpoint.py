@@ -1,0 +1,107 @@
+"""Checkpoints: what is written comes back, whole or not at all; anything else is named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+
+from lsep import checkpoint
+from lsep.checkpoint import Progress
+from lsep.data.loader import steps_of_batches
+from lsep.errors import UserError
+from lsep.train import State, setup, train_step
+
+
+def trained(store: Path, steps: int = 2, **changes: object) -> State:
+    state = setup(tiny(data__path=str(store), **changes))
+    for step, batches in enumerate(steps_of_batches(state.source, 0, 10, 1, 0, steps, state.device, 1)):
+        train_step(state, step, batches)
+    return state
+
+
+def save(state: State, folder: Path, step: int = 2) -> Path:
+    return checkpoint.save(folder, Progress(step, 1.5), state.objective, state.ema, state.optimizer)
+
+
+def load(state: State, path: Path) -> Progress:
+    return checkpoint.load(path, state.objective, state.ema, state.optimizer)
+
+
+def test_round_trip_is_bitwise(store: Path, tmp_path: Path) -> None:
+    old, new = trained(store), trained(store, steps=0)
+    assert load(new, save(old, tmp_path / "c")) == Progress(2, 1.5)
+    for a, b in ((old.objective, new.objective), (old.ema, new.ema)):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    for p, q in zip(old.objective.parameters(), new.objective.parameters(), strict=True):
+        assert all(torch.equal(old.optimizer.state[p][k], v) for k, v in new.optimizer.state[q].items())
+        assert len(new.optimizer.state[q]) == 3
+
+
+def test_a_checkpoint_holds_no_pickle_and_published_names(store: Path, tmp_path: Path) -> None:
+    path = save(trained(store), tmp_path)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    names = checkpoint.read_tensors(path / "model.safetensors").keys()
+    assert {"blocks.0.attn.qkv.weight", "classifier.1.weight", "pos_embed"} <= names
+
+
+def test_unfinished_writes_are_not_seen(store: Path, tmp_path: Path) -> None:
+    state = trained(store)
+    save(state, tmp_path, 4)
+    (tmp_path / ".0000006.tmp").mkdir()
+    (tmp_path / "0000008").mkdir()  # no state.json: never complete
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None and latest.name == "0000004"
+    save(state, tmp_path, 6)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["0000004", "0000006"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate ema", "ema.safetensors: truncated or changed, 100 bytes found and"),
+        ("remove optimizer", "optimizer.safetensors: missing"),
+        ("no json", "state.json: not a checkpoint of this program"),
+        ("no field", "state.json: not a checkpoint of this program (KeyError"),
+    ],
+)
+def test_damage_is_named(store: Path, tmp_path: Path, damage: str, message: str) -> None:
+    state = trained(store)
+    path = save(state, tmp_path)
+    if damage == "truncate ema":
+        os.truncate(path / "ema.safetensors", 100)
+    elif damage == "remove optimizer":
+        (path / "optimizer.safetensors").unlink()
+    else:
+        (path / "state.json").write_text("{" if damage == "no json" else json.dumps({"bytes": {}}))
+    with pytest.raises(UserError) as caught:
+        load(state, path)
+    assert message in str(caught.value)
+
+
+def test_foreign_weights_are_refused(store: Path, tmp_path: Path) -> None:
+    state = trained(store)
+    file = save(state, tmp_path) / "model.safetensors"
+    for changes, message in (
+        ({"model__qk_norm": True}, "12 missing tensors for this model, the first 'blocks.0.attn.k_norm.bias'"),
+        ({"model__depth": 2}, "10 unknown tensors for this model, the first 'blocks.2.adaLN_modulation.1.bias'"),
+        ({"model__hidden_size": 64}, r"pos_embed is \(1, 16, 32\), expected \(1, 16, 64\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_weights(file, setup(tiny(data__path=str(store), **changes)).objective)
+    (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04 a torch pickle")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        checkpoint.load_weights(tmp_path / "x.safetensors", state.objective)
+
+
+def test_unwritable_folder_is_one_sentence(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        UserError, match=r"0000002: the checkpoint could not be written \(.+\); there is no earlier one"
+    ):
+        save(trained(store), tmp_path / "file")

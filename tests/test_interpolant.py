@@ -1,0 +1,84 @@
+"""What the model sees: scale, posterior, times, and the score behind a velocity."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MANIFEST, relative_error, tiny
+
+from lsep.interpolant import draw_times, noise, to_latent, velocity_to_score
+
+EPOCH = torch.tensor(2)
+IDS = torch.arange(4000)
+
+
+def test_latents_of_each_kind() -> None:
+    pixels = torch.tensor([0, 255]).to(torch.uint8).view(2, 1, 1, 1)
+    manifest = replace(MANIFEST, kind="pixels", shape=(1, 1, 1))
+    assert to_latent(pixels, manifest, 0, EPOCH, IDS[:2]).flatten().tolist() == [-1, 1]
+    manifest = replace(MANIFEST, kind="samples", scale=0.5, shift=3.0)
+    assert to_latent(torch.full((2, 3, 8, 8), 5.0), manifest, 0, EPOCH, IDS[:2]).unique().tolist() == [1.0]
+
+
+def test_posterior_is_sampled_anew_at_every_visit() -> None:
+    manifest = replace(MANIFEST, kind="moments", scale=0.5)
+    moments = torch.cat([torch.full((4000, 3, 8, 8), 4.0), torch.full((4000, 3, 8, 8), 0.2)], 1).half()
+    first = to_latent(moments, manifest, 0, EPOCH, IDS)
+    assert float(first.mean()) == pytest.approx(2.0, abs=1e-3)
+    assert float(first.std()) == pytest.approx(0.1, abs=1e-3)
+    assert torch.equal(first, to_latent(moments, manifest, 0, EPOCH, IDS))
+    assert not (first == to_latent(moments, manifest, 0, EPOCH + 1, IDS)).all()
+
+
+def test_streams_are_independent() -> None:
+    """Posterior noise, path noise and t of one sample share no numbers."""
+    x = torch.zeros(4000, 3, 8, 8)
+    config = tiny().interpolant
+    noised = noise(x, config, 0, EPOCH, IDS)
+    posterior = to_latent(torch.cat([x, x + 1], 1), replace(MANIFEST, kind="moments"), 0, EPOCH, IDS)
+    pairs = torch.stack([posterior[:, 0, 0, 0], noised.v[:, 0, 0, 0], noised.t])
+    assert (torch.corrcoef(pairs) - torch.eye(3)).abs().max() < 4 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_noise_follows_the_path(kind: str) -> None:
+    config = tiny(interpolant__path=kind).interpolant
+    x = torch.randn(4000, 3, 8, 8)
+    noised = noise(x, config, 0, EPOCH, IDS)
+    half = math.pi / 2
+    t = noised.t.view(-1, 1, 1, 1)
+    if kind == "linear":
+        e = noised.v + x
+        truth = (1 - t) * x + t * e
+    else:
+        e = (noised.v + half * torch.sin(half * t) * x) / (half * torch.cos(half * t))
+        truth = torch.cos(half * t) * x + torch.sin(half * t) * e
+    fine = (t < 0.95).flatten()  # the division by cos loses digits near t = 1
+    assert relative_error(noised.x_t[fine], truth[fine]) < 1e-4
+    assert abs(float(e[fine].std()) - 1) < 0.01
+
+
+def test_times() -> None:
+    t = draw_times(tiny().interpolant, 0, EPOCH, IDS)
+    assert abs(float(t.mean()) - 0.5) < 0.02 and float(t.min()) >= 0 and float(t.max()) < 1
+    logit = torch.logit(draw_times(tiny(interpolant__time="logit-normal", interpolant__time_mean=-0.4,
+                                        interpolant__time_std=0.7).interpolant, 0, EPOCH, IDS))  # fmt: skip
+    assert float(logit.mean()) == pytest.approx(-0.4, abs=0.05)
+    assert float(logit.std()) == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_score_of_a_known_gaussian(kind: str) -> None:
+    """x ~ N(m, s^2): x_t is Gaussian with mean alpha m and variance alpha^2 s^2 + sigma^2, so its score is known."""
+    m, s, t = 0.7, 0.4, torch.tensor(0.3, dtype=torch.float64)
+    alpha, sigma, da, ds = (1 - t, t, -1.0, 1.0)
+    if kind == "cosine":
+        half = math.pi / 2
+        alpha, sigma = torch.cos(half * t), torch.sin(half * t)
+        da, ds = -half * sigma, half * alpha
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    variance = alpha**2 * s**2 + sigma**2
+    gain = (alpha * da * s**2 + sigma * ds) / variance
+    velocity = da * m + gain * (x - alpha * m)
+    assert relative_error(velocity_to_score(velocity, x, t, kind), -(x - alpha * m) / variance) < 1e-12
