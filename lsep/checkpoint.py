@@ -109,6 +109,16 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all checkpoints but the `keep_last` newest and those at multiples of `keep_every`; 0 newest means all."""
+    for path in steps(folder)[:-keep_last] if keep_last else ():
+        if not keep_every or int(path.name) % keep_every:
+            # Renamed first: a removal cut short must not leave a checkpoint that looks whole.
+            doomed = path.with_name(f".{path.name}.old")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
 def load(path: Path, objective: Objective, ema: Objective, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit."""
     state = _read_state(path)

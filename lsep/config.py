@@ -144,6 +144,10 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 10_000
     """Steps between two checkpoints; the last step always writes one."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept besides; 0 keeps none."""
     sample_every: int = 10_000
     """Steps between two sample grids; 0 draws only the last."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -221,7 +225,7 @@ def _sit(size: str, patch: int, pixels: int) -> Config:
         model=ModelConfig(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, input_size=input_size),
         probe=ProbeConfig(depth=probe_depth, window_min=grid * 3 // 4),
         optim=OptimConfig(probe_lr=3e-2 if size == "b" else 1e-4),
-        train=TrainConfig(steps=epochs * _IMAGENET_EPOCH, checkpoint_every=10_000),
+        train=TrainConfig(steps=epochs * _IMAGENET_EPOCH, checkpoint_every=10_000, keep_every=100_000),
         sample=SampleConfig(sampler="sde", steps=250),
     )
 
@@ -297,7 +301,8 @@ def from_dict(values: Any, source: str) -> Config:
 
 # A run may go on with these changed: they touch neither the weights nor the numbers drawn.
 FREE_ON_RESUME = {
-    "data.path", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.sample_every", "train.wandb",
+    "data.path", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.keep_every",
+    "train.sample_every", "train.wandb",
 }  # fmt: skip
 
 

@@ -183,6 +183,7 @@ def _loop(
                     state.ema,
                     state.optimizer,
                 )
+                checkpoint.prune(run.checkpoints, config.keep_last, config.keep_every)
         if config.sample_every and step % config.sample_every == 0 and step < config.steps:
             with clock.paused():
                 _draw_grid(state, run, step)
