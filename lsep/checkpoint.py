@@ -100,7 +100,8 @@ def steps(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / "state.json").is_file())
+    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "state.json").is_file())
+    return sorted(found, key=lambda p: int(p.name))
 
 
 def latest(folder: Path) -> Path | None:

@@ -60,6 +60,11 @@ def check(config: Config) -> None:
         f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
     )
     _require(train.seed < 2**64, f"--train.seed is {train.seed}, expected below 2^64")
+    _require(
+        config.sample.guidance_low <= config.sample.guidance_high,
+        f"--sample.guidance-low is {config.sample.guidance_low}, expected at most --sample.guidance-high "
+        f"{config.sample.guidance_high}",
+    )
     if config.probe.enabled:
         _check_probe(config)
 
@@ -80,7 +85,11 @@ def _check_probe(config: Config) -> None:
         p.decay_start_epoch is None or p.decay_start_epoch >= 0,
         f"--probe.decay-start-epoch is {p.decay_start_epoch}, expected None or at least 0",
     )
-    if p.branch != "shared":
+    if p.branch == "paper":
+        _require(
+            p.extra_fraction is None,
+            f"--probe.extra-fraction is {p.extra_fraction}, expected None with --probe.branch paper",
+        )
         return
     if config.model.conditional:
         _require(

@@ -28,7 +28,9 @@ def train(argv: Args) -> None:
     name = argv[0] if argv and not argv[0].startswith("-") else None
     wants_help = bool({"-h", "--help"} & set(argv))
     if name is None and not wants_help:
-        raise UserError(f"lsep train: the preset is missing{nearest('', list(configuration.PRESETS))}")
+        raise UserError(
+            f"lsep train: the preset is missing, expected it first{nearest('', list(configuration.PRESETS))}"
+        )
     start = configuration.preset(name) if name else configuration.PRESETS["quickstart"]
 
     @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _run_argument(command: str, argv: Args) -> tuple[str, Args]:
         return argv[0], argv[1:]
     if {"-h", "--help"} & set(argv):
         return "RUN", argv
-    raise UserError(f"lsep {command}: the run's directory is missing, expected lsep {command} RUN")
+    raise UserError(f"lsep {command}: the run's directory is missing, expected it first: lsep {command} RUN ...")
 
 
 def _no_flags(usage: str, description: str, argv: Args) -> None:

@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses in sections, the table of presets, and checks that end in one clear sentence.
+"""The configuration: frozen dataclasses in sections, the table of presets; `checks` says what cannot be meant.
 
     from lsep.config import PRESETS, override
     config = override(PRESETS["quickstart"], {"train.steps": 100})
@@ -154,6 +154,8 @@ class TrainConfig:
     """Where to train; auto takes a GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 runs the matmuls under autocast over fp32 weights; auto is bf16 on a GPU and fp32 on a CPU."""
+    fp32_residual: bool = False
+    """Keep the residual stream in float32 under bf16 autocast."""
     compile: bool = False
     """Compile forward and backward with torch.compile, as one graph."""
     wandb: str | None = None

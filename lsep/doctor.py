@@ -1,6 +1,7 @@
 """What is active on this machine, and for each optional part that is not: why, and what would install it."""
 
 import importlib.util
+import os
 import platform
 import shutil
 from importlib import metadata
@@ -16,6 +17,17 @@ class Part(NamedTuple):
     install: str = ""
 
 
+def missing_for_compile(device: str) -> str | None:
+    """What --train.compile lacks on this machine and what would bring it, or None."""
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton, which is not installed: pip install triton"
+        return None
+    if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
+        return None
+    return "a C++ compiler, and none is found: apt install g++"
+
+
 def parts() -> list[Part]:
     """Every part the program can use, in the order in which it matters."""
     import torch
@@ -28,8 +40,9 @@ def parts() -> list[Part]:
     else:
         why = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to torch"
         found.append(Part("GPU", None, f"{why}; trains on the CPU in fp32"))
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    found.append(Part("C++ compiler", compiler, "for --train.compile on a CPU", "apt install g++"))
+    missing = missing_for_compile("cpu")
+    found.append(Part("compile, CPU", None if missing else "ready", missing or "--train.compile"))
+    found.append(_package("triton", "triton", "--train.compile on a GPU", "pip install triton"))
     found.append(_package("tensorboard", "tensorboard", "event files of a run", "pip install tensorboard"))
     found.append(_package("wandb", "wandb", "--train.wandb PROJECT", "pip install wandb"))
     return found

@@ -1,7 +1,8 @@
 """From stored rows to what the model sees: posterior sample, time t, x_t and the velocity target.
 
-Every draw is a function of (seed, epoch, sample id) and of its stream below, never of the batch, the rank or the number
-of steps a process has run: a resumed or re-sharded run draws the same numbers.
+Every draw is a function of (seed, epoch, sample id) and of its stream below (the side of the pooling window, which a
+batch shares, of (seed, step)), never of the rank or of what a process has run: a resumed or re-sharded run draws the
+same numbers.
 """
 
 from enum import IntEnum

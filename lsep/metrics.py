@@ -1,6 +1,7 @@
 """Where the figures of a run go: metrics.jsonl, TensorBoard, Weights & Biases when asked for, and the terminal."""
 
 import sys
+import uuid
 from typing import Any
 
 from lsep.errors import UserError
@@ -75,5 +76,10 @@ def require_wandb() -> Any:
 
 
 def _start_wandb(run: Run, project: str, settings: dict[str, Any]) -> Any:
-    name = run.path.name
-    return require_wandb().init(project=project, dir=str(run.path), name=name, id=name, resume="allow", config=settings)
+    # The id is the run's own, not its name's: another run of the same name must not continue this one's curves.
+    file = run.path / "wandb-id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    return require_wandb().init(
+        project=project, dir=str(run.path), name=run.path.name, id=file.read_text(), resume="allow", config=settings
+    )

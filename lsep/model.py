@@ -146,6 +146,7 @@ class SiT(nn.Module):
         m = config.model
         assert m.in_channels is not None and m.num_classes is not None
         self.patch_size, self.null_class = m.patch_size, m.num_classes
+        self.fp32_residual = config.train.fp32_residual
         self.x_embedder = PatchEmbed(m.in_channels, m.hidden_size, m.patch_size)
         self.t_embedder = TimestepEmbedder(m.hidden_size)
         self.y_embedder = LabelEmbedder(m.num_classes, m.hidden_size)
@@ -157,7 +158,7 @@ class SiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of x, both `(N, C, H, W)`, at times t `(N,)` under labels y `(N,)`; `null_class` is no label."""
-        h = self.x_embedder(x) + self.pos_embed
+        h = self._tokens(x)
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             h = block(h, c)
@@ -176,7 +177,7 @@ class SiT(nn.Module):
         """
         n, extra = len(x), len(extra_y)
         keep = n - extra
-        h = self.x_embedder(x) + self.pos_embed
+        h = self._tokens(x)
         t_emb = self.t_embedder(t)
         c_main = t_emb + self.y_embedder(y)
         c = torch.cat([c_main, t_emb[keep:] + self.y_embedder(extra_y)])
@@ -195,6 +196,12 @@ class SiT(nn.Module):
         for block in self.blocks[depth:]:
             h = block(h, c_main)
         return self._unpatchify(self.final_layer(h, c_main)), features
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Embedded patches with their positions `(N, T, D)`, in the type of the residual stream."""
+        h = self.x_embedder(x)
+        # Under autocast h is bf16 and the positions float32: their sum alone would make the stream float32.
+        return (h + self.pos_embed).to(torch.float32 if self.fp32_residual else h.dtype)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         """`(N, T, p p C)`, channels last inside a patch, to `(N, C, H, W)`."""

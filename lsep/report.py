@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lsep.config import Config, flat
 from lsep.data.manifest import Manifest
 from lsep.model import SiT
@@ -16,17 +18,15 @@ from lsep.run import Run, write_atomic
 AGREEMENT_SAMPLES = 200
 
 
-def finish(model: SiT, config: Config, manifest: Manifest, run: Run, bf16: bool) -> str:
+def finish(model: SiT, config: Config, manifest: Manifest, run: Run, device: torch.device) -> str:
     """Draw the last grid from the EMA `model`, judge digits, write results.json and report; returns what to print."""
-    import torch
-
     from lsep import sample
     from lsep.data import digits
 
     step = config.train.steps
     judged = manifest.source == "digits"
     labels = sample.grid_labels(max(config.sample.num, AGREEMENT_SAMPLES if judged else 0), manifest.num_classes)
-    x = sample.draw(model, config, labels, config.train.seed, bf16)
+    x = sample.draw(model, config, labels, config.train.seed)
     images = sample.to_images(x, manifest)
     grid = run.samples / f"step-{step:07d}.png"
     sample.save_grid(images[: config.sample.num], grid)
@@ -39,9 +39,9 @@ def finish(model: SiT, config: Config, manifest: Manifest, run: Run, bf16: bool)
         "loss": last["loss"],
         "probe_accuracy": last["probe_accuracy"],
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
+        "machine": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     lines = [f"trained {step} steps in {last['seconds']:.0f} s"]
     if judged:
@@ -75,7 +75,7 @@ def render(run: Run) -> Path:
 
 
 def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: dict[str, Any]) -> str:
-    m, p = config.model, config.probe
+    m, p, names = config.model, config.probe, run.manifest().class_names
     plan = (
         f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, depth {p.depth}"
         if p.enabled
@@ -83,7 +83,8 @@ def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: d
     )
     rows = {
         "model": f"SiT, {m.depth} blocks of width {m.hidden_size}, patch {m.patch_size}, "
-        f"{m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes",
+        f"{m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes"
+        + (f" ({', '.join(names)})" if 0 < len(names) <= 20 else ""),
         "probe": plan,
         "progress": f"step {metrics[-1]['step'] if metrics else 0} of {config.train.steps}",
         "batch": str(config.train.batch_size),

@@ -33,8 +33,8 @@ class Run:
             raise UserError(f"{run.path}: not a run directory, config.json not found")
         return run
 
-    def open(self, config: Config, manifest: Manifest, preset: str) -> None:
-        """Start or continue here under the resolved `config`; a directory of another run is refused untouched."""
+    def check(self, config: Config, manifest: Manifest) -> None:
+        """Raise UserError when the directory is another run's, or not a run's at all; touches nothing."""
         if self.config_file.exists():
             changed = differences(self.config(), config)
             before, after = asdict(self.manifest()), asdict(manifest)
@@ -49,6 +49,9 @@ class Run:
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json): choose another --run-dir")
+
+    def open(self, config: Config, manifest: Manifest, preset: str) -> None:
+        """Write the resolved `config` of a run that starts or goes on here."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             entry = {"preset": preset, **asdict(config), "manifest": asdict(manifest)}

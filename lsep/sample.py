@@ -7,6 +7,7 @@ The noise of an image is a function of (seed, image index) alone: batch size and
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lsep import checkpoint
 from lsep.config import Config, SampleConfig
@@ -81,7 +83,7 @@ def guided(model: SiT, y: Tensor, config: SampleConfig) -> Velocity:
 
 
 @torch.no_grad()
-def draw(model: SiT, config: Config, labels: Tensor, seed: int, bf16: bool = False, first: int = 0) -> Tensor:
+def draw(model: SiT, config: Config, labels: Tensor, seed: int, first: int = 0, progress: bool = False) -> Tensor:
     """Samples `(N, C, H, W)` float32 for labels `(N,)` on the model's device; image i has index `first + i`."""
     training = model.training
     model.eval()
@@ -90,7 +92,8 @@ def draw(model: SiT, config: Config, labels: Tensor, seed: int, bf16: bool = Fal
     if not config.model.conditional:
         labels = torch.full_like(labels, model.null_class)
     parts = []
-    for start in range(0, len(labels), config.sample.batch_size):
+    starts = range(0, len(labels), config.sample.batch_size)
+    for start in tqdm(starts, disable=not (progress and sys.stderr.isatty()), unit="batch"):
         y = labels[start : start + config.sample.batch_size].to(device)
         ids = torch.arange(first + start, first + start + len(y), device=device)
         x = normal(seed, Stream.SAMPLE, 0, ids, shape).double()
@@ -98,7 +101,7 @@ def draw(model: SiT, config: Config, labels: Tensor, seed: int, bf16: bool = Fal
         def step_noise(i: int, ids: Tensor = ids) -> Tensor:
             return normal(seed, Stream.SDE, i, ids, shape).double()
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             velocity = guided(model, y, config.sample)
             x = integrate(velocity, x, config.sample.sampler, config.sample.steps, config.interpolant.path, step_noise)
         parts.append(x.float())
@@ -161,6 +164,12 @@ def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Si
     return objective.model.to(device).eval(), config, manifest, int(path.name)
 
 
+def _folder_name(config: SampleConfig, step: int, seed: int, classes: list[int] | None) -> str:
+    """A name that tells the settings, so that other settings do not replace earlier samples."""
+    name = f"step-{step:07d}-{config.sampler}-{config.steps}-cfg-{config.cfg:g}-seed-{seed}"
+    return name + ("" if classes is None else "-classes-" + "-".join(map(str, classes)))
+
+
 def sample(
     run: Run,
     config: Config,
@@ -179,10 +188,14 @@ def sample(
     labels = (
         torch.tensor(classes)[grid_labels(num, len(classes))] if classes else grid_labels(num, manifest.num_classes)
     )
-    out = out or run.samples / f"step-{step:07d}-seed-{seed}"
+    out = out or run.samples / _folder_name(config.sample, step, seed, classes)
     npz = out if out.suffix == ".npz" else out / "samples.npz"
     grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
-    x = draw(model, config, labels, seed, bf16=device == "cuda")
+    try:
+        npz.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be a folder ({error.strerror}), expected one or a file .npz") from None
+    x = draw(model, config, labels, seed, progress=True)
     save_npz(x, labels, npz, manifest)
     save_grid(to_images(x[:400], manifest), grid)
     if out.suffix != ".npz":

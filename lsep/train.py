@@ -8,16 +8,15 @@ train(PRESETS["quickstart"], "runs/mine")
 import copy
 import math
 import os
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from lsep.config import Config
 from lsep.data import order
 from lsep.data.loader import Batch, open_source, steps_of_batches
 from lsep.data.manifest import Source
+from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
 from lsep.metrics import Logger, require_wandb
 from lsep.objective import TIME_BINS, Losses, Objective
@@ -43,7 +43,6 @@ class State:
     config: Config
     source: Source
     device: torch.device
-    bf16: bool
     objective: Objective
     ema: Objective
     optimizer: torch.optim.AdamW
@@ -52,6 +51,11 @@ class State:
     plans: dict[bool, list[BranchPlan]]
     """With and without the probe, the plan of each micro-batch."""
     steps_per_epoch: int
+
+    @property
+    def bf16(self) -> bool:
+        """Matmuls run in bf16, under autocast."""
+        return self.config.train.precision == "bf16"
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -73,6 +77,9 @@ def setup(config: Config) -> State:
     device = pick_device(config.train.device)
     source = open_source(config.data.path)
     config = resolve(config, source.manifest)
+    if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
+        precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
+        config = replace(config, train=replace(config.train, precision=precision))
     shards = config.optim.accumulate
     plans = {probe: [branch_plan(config, i, shards, probe) for i in range(shards)] for probe in (False, True)}
     objective = Objective(config, source.manifest)
@@ -81,14 +88,14 @@ def setup(config: Config) -> State:
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     forward: Callable[..., Losses] = objective
     if config.train.compile:
-        if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-            raise UserError("--train.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is found")
+        missing = missing_for_compile(device.type)
+        if missing:
+            raise UserError(f"--train.compile on {device.type} needs {missing}")
         forward = torch.compile(objective, fullgraph=True, dynamic=False)
     return State(
         config=config,
         source=source,
         device=device,
-        bf16=config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda"),
         objective=objective,
         ema=ema,
         optimizer=build_optimizer(objective, config.optim),
@@ -133,15 +140,18 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
     if resume and checkpoint.latest(run.checkpoints) is None:
         raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
     state = setup(config)
-    run.open(state.config, state.source.manifest, preset)
+    run.check(state.config, state.source.manifest)
     progress = checkpoint.Progress(0, 0.0)
     found = checkpoint.latest(run.checkpoints)
     if found is not None:
         progress = checkpoint.load(found, state.objective, state.ema, state.optimizer)
-    run.forget_after(progress.step)
-    if progress.step >= state.config.train.steps and run.report_file.exists():
-        print(f"{run.path}: already at step {progress.step} of {state.config.train.steps}, nothing to train")
+    if progress.step > config.train.steps:
+        raise UserError(f"--train.steps is {config.train.steps}, but {run.path} is at step {progress.step} already")
+    run.open(state.config, state.source.manifest, preset)
+    if run.results().get("steps") == progress.step == config.train.steps:
+        print(f"{run.path}: already at step {progress.step} of {config.train.steps}, nothing to train")
         return run
+    run.forget_after(progress.step)
     logger = Logger(run, progress.step, state.config.train.steps, config.train.wandb, asdict(state.config))
     try:
         if progress.step:
@@ -150,7 +160,7 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
             _loop(state, run, logger, progress, interrupted)
         if interrupted():
             raise KeyboardInterrupt
-        results = report.finish(state.ema.model, state.config, state.source.manifest, run, state.bf16)
+        results = report.finish(state.ema.model, state.config, state.source.manifest, run, state.device)
         logger.say(results)
     finally:
         logger.close()
@@ -195,7 +205,7 @@ def _draw_grid(state: State, run: Run, step: int) -> None:
     from lsep import sample
 
     labels = sample.grid_labels(state.config.sample.num, state.source.manifest.num_classes)
-    x = sample.draw(state.ema.model, state.config, labels, state.config.train.seed, state.bf16)
+    x = sample.draw(state.ema.model, state.config, labels, state.config.train.seed)
     sample.save_grid(sample.to_images(x, state.source.manifest), run.samples / f"step-{step:07d}.png")
 
 
@@ -218,7 +228,7 @@ class _Window:
         if not math.isfinite(denoising + lsep + norm):
             raise UserError(
                 f"the loss or its gradient is not finite (denoising {denoising}, LSEP {lsep}, gradient norm {norm}) "
-                f"between steps {self.step} and {step}: go on from the last checkpoint with a lower --optim.lr"
+                f"between steps {self.step} and {step}: start another --run-dir with a lower --optim.lr"
             )
         hits, counts = values[3 : 3 + TIME_BINS], values[3 + TIME_BINS :]
         seconds = clock.seconds

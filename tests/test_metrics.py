@@ -48,7 +48,7 @@ def test_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     recorder = SimpleNamespace(log=lambda v, step: calls.append((step, v)), finish=lambda: calls.append("finished"))
     module = SimpleNamespace(init=lambda **k: calls.append(k) or recorder)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    logger = Logger(Run(tmp_path / "r1"), 0, 10, "project", {"a": 1})
+    logger = Logger(Run(tmp_path), 0, 10, "project", {"a": 1})
     logger.log(LINE)
     logger.close()
     assert calls[0]["project"] == "project" and calls[0]["config"] == {"a": 1}

@@ -6,7 +6,6 @@ The loader has no state of its own: batch `step` is a function of (seed, step), 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ def open_source(path: str | None) -> Source:
     """The data set at `--data.path`: a store's folder, or `digits`."""
     if path is None:
         raise UserError("--data.path is missing, expected the folder of a store (with manifest.json) or 'digits'")
-    if path == "digits" and not Path(path).exists():
+    if path == "digits":
         return Digits()
     return Store(path)
 

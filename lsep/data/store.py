@@ -108,6 +108,11 @@ class Store:
         self._probe_y = self._y
         if any("probe_labels" in s.columns for s in self._shards):
             self._probe_y = np.concatenate([s.labels("probe_labels", entry.probe_classes) for s in self._shards])
+        elif entry.probe_classes != entry.num_classes:
+            raise UserError(
+                f"{self.path}: probe_classes is {entry.probe_classes} and the shards hold no 'probe_labels', "
+                f"expected num_classes, {entry.num_classes}"
+            )
         dtypes = {s.dtype for s in self._shards}
         if len(dtypes) > 1:
             raise UserError(f"{self.path}: shards hold different types {sorted(map(str, dtypes))}, expected one")
@@ -148,7 +153,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest, list[tuple[str, int]]]:
             raise UserError(f"{path}: expected at least one shard, each with at least one row")
         classes = int(entry["num_classes"])
         manifest = Manifest(
-            source=str(folder),
+            source=str(folder.resolve()),
             kind=entry["kind"],
             shape=(channels, height, width),
             rows=sum(n for _, n in shards),
