@@ -28,9 +28,7 @@ def train(argv: Args) -> None:
     name = argv[0] if argv and not argv[0].startswith("-") else None
     wants_help = bool({"-h", "--help"} & set(argv))
     if name is None and not wants_help:
-        raise UserError(
-            f"lsep train: the preset is missing, expected it first{nearest('', list(configuration.PRESETS))}"
-        )
+        raise UserError(f"lsep train: no preset comes first{nearest('', list(configuration.PRESETS))}")
     start = configuration.preset(name) if name else configuration.PRESETS["quickstart"]
 
     @dataclass(frozen=True)

@@ -32,6 +32,11 @@ def test_presets_pass(name: str) -> None:
         ({"probe__weight_bins": 1}, "--probe.weight-bins is 1, so the weight is constant"),
         ({"probe__end_step": -1}, "--probe.end-step is -1"),
         ({"probe__decay_start_epoch": -1}, "--probe.decay-start-epoch is -1"),
+        ({"probe__branch": "paper", "probe__extra_fraction": 0.2}, "--probe.extra-fraction is 0.2, expected None with"),
+        (
+            {"sample__guidance_low": 0.8, "sample__guidance_high": 0.2},
+            "--sample.guidance-low is 0.8, expected at most --sample.guidance-high 0.2",
+        ),
         ({"train__seed": 2**64}, "--train.seed"),
     ],
 )

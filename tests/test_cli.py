@@ -56,7 +56,7 @@ def test_flags_of_the_contract_are_in_the_help(capsys: pytest.CaptureFixture[str
     ("args", "message"),
     [
         (["trian"], "command 'trian' is unknown; did you mean 'train'"),
-        (["train"], "the preset is missing"),
+        (["train"], "no preset comes first; known are"),
         (["train", "sit-xl-256"], "preset 'sit-xl-256' is unknown; did you mean 'sit-xl-2-256'"),
         (["train", "quickstart", "--probe.roh", "1"], "flag '--probe.roh' is unknown; did you mean '--probe.rho'"),
         (["train", "quickstart", "--train.step=3"], "flag '--train.step' is unknown; did you mean '--train.steps'"),

@@ -17,7 +17,7 @@ def test_report_holds_everything(tmp_path: Path) -> None:
     assert page.count("<svg") == 5  # loss, accuracy, accuracy by time, throughput, gradient norm
     assert page.count("data:image/png;base64,") >= 3  # grids of steps 2, 4, 6
     assert re.search(r"3-NN agreement<td>[\d.]+% of 200 samples", page)
-    for text in ("probe.rho<td>0.9", "batch 10", "images/s", "step 6 of 6"):
+    for text in ("probe.rho<td>0.9", "<th>batch<td>10", "images/s", "step 6 of 6"):
         assert text in page
     outside = [u for u in re.findall(r'(?:src|href)="([^"]+)"', page) if not u.startswith(("data:", "#"))]
     assert not outside

@@ -23,9 +23,9 @@ def test_configuration_and_data_come_back(tmp_path: Path) -> None:
 def test_moved_data_may_go_on_but_other_data_may_not(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.open(CONFIG, MANIFEST, "x")
-    run.open(CONFIG, replace(MANIFEST, source="elsewhere"), "x")
+    run.check(CONFIG, replace(MANIFEST, source="elsewhere"))
     with pytest.raises(UserError, match="data's rows: 1000 -> 999"):
-        run.open(CONFIG, replace(MANIFEST, rows=999), "x")
+        run.check(CONFIG, replace(MANIFEST, rows=999))
 
 
 def test_metrics_survive_a_torn_line(tmp_path: Path) -> None:

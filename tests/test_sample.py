@@ -137,7 +137,7 @@ def draw(
 
 def test_files_of_a_latent_model(trained: Run) -> None:
     grid, npz = draw(trained, classes=[3, 1])
-    assert grid.parent == trained.samples / "step-0000004-seed-1"
+    assert grid.parent == trained.samples / "step-0000004-ode-2-cfg-1-seed-1-classes-3-1"
     data = np.load(npz)
     assert data["arr_0"].shape == (6, 3, 8, 8) and data["arr_0"].dtype == np.float32
     assert data["arr_1"].tolist() == [3, 1, 3, 1, 3, 1]
@@ -165,6 +165,15 @@ def test_sampling_needs_the_run_alone(trained: Run, store: Path, tmp_path: Path)
     a = np.load(draw(trained)[1])["arr_0"]
     store.rename(tmp_path / "gone")
     np.testing.assert_array_equal(np.load(draw(trained)[1])["arr_0"], a)
+
+
+def test_a_file_in_the_way_is_found_before_sampling(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(sample, "draw", lambda *args, **kwargs: pytest.fail("sampled first"))
+    with pytest.raises(UserError, match=r"--out .*notes.txt: cannot be a folder"):
+        draw(trained, tmp_path / "notes.txt")
 
 
 def test_bad_input(trained: Run) -> None:

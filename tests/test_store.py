@@ -34,6 +34,16 @@ def test_without_a_probe_column_the_probe_reads_the_label(tmp_path: Path) -> Non
     assert store.read(np.arange(5)).probe_y.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_probe_classes_without_a_column(tmp_path: Path) -> None:
+    write_store(
+        tmp_path, kind="pixels", x=np.zeros((5, 3, 4, 4), np.uint8), y=np.arange(5), num_classes=6, probe_classes=3
+    )
+    with pytest.raises(
+        UserError, match="probe_classes is 3 and the shards hold no 'probe_labels', expected num_classes, 6"
+    ):
+        Store(tmp_path)
+
+
 def edit(store: Path, **changes: object) -> None:
     file = store / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
