@@ -12,7 +12,7 @@ from lsep.errors import UserError
 
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
-    "probe.decay_epochs optim.accumulate data.prefetch train.steps train.batch_size train.log_every "
+    "probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps train.batch_size train.log_every "
     "train.checkpoint_every sample.steps sample.num sample.batch_size"
 ).split()
 _AT_LEAST_ZERO = (

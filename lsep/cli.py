@@ -3,20 +3,16 @@
 Bad input ends with one sentence on stderr and exit code 2, an interrupted training with 130.
 """
 
-import contextlib
 import errno
-import io
-import re
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from lsep.arguments import Args, first_arguments, no_flags, parse, wants_help
 from lsep.errors import UserError, nearest
-
-Args = list[str]
 
 
 def train(argv: Args) -> None:
@@ -26,8 +22,7 @@ def train(argv: Args) -> None:
     from lsep import config as configuration
 
     name = argv[0] if argv and not argv[0].startswith("-") else None
-    wants_help = bool({"-h", "--help"} & set(argv))
-    if name is None and not wants_help:
+    if name is None and not wants_help(argv):
         raise UserError(f"lsep train: no preset comes first{nearest('', list(configuration.PRESETS))}")
     start = configuration.preset(name) if name else configuration.PRESETS["quickstart"]
 
@@ -44,7 +39,7 @@ def train(argv: Args) -> None:
         "Train a preset. Presets: " + ", ".join(configuration.PRESETS) + ".\n\n"
         "Example: lsep train quickstart --train.steps 200 --run-dir runs/short"
     )
-    args = _parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
+    args = parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
 
     from lsep.checkpoint import latest
     from lsep.train import train as run_training
@@ -91,10 +86,10 @@ class SampleArgs:
 
 def sample(argv: Args) -> None:
     """draw images from a run's EMA weights: lsep sample RUN [--classes 3 7] [--num N] [--cfg 1.5] [--out DIR]"""
-    path, argv = _run_argument("sample", argv)
+    (path,), argv = first_arguments("sample", ("RUN",), argv)
     example = "lsep sample runs/quickstart --classes 3 7 --num 64 --cfg 2"
     description = f"Draw images from a run's EMA weights.\n\nExample: {example}"
-    args = _parse(SampleArgs, argv, "lsep sample RUN", description)
+    args = parse(SampleArgs, argv, "lsep sample RUN", description)
 
     from lsep.checks import check
     from lsep.run import Run
@@ -115,8 +110,8 @@ def sample(argv: Args) -> None:
 
 def report(argv: Args) -> None:
     """write a run's report.html again from its files: lsep report RUN"""
-    path, argv = _run_argument("report", argv)
-    _no_flags("report RUN", "Write RUN/report.html from the run's files.\n\nExample: lsep report runs/quickstart", argv)
+    (path,), argv = first_arguments("report", ("RUN",), argv)
+    no_flags("report RUN", "Write RUN/report.html from the run's files.\n\nExample: lsep report runs/quickstart", argv)
     from lsep.report import render
     from lsep.run import Run
 
@@ -125,7 +120,7 @@ def report(argv: Args) -> None:
 
 def presets(argv: Args) -> None:
     """list the presets with their sizes and settings"""
-    _no_flags("presets", "List the presets.\n\nExample: lsep presets", argv)
+    no_flags("presets", "List the presets.\n\nExample: lsep presets", argv)
     from lsep.config import PRESETS
 
     print(f"{'preset':16}{'blocks':>7}{'width':>7}{'heads':>7}{'patch':>7}{'input':>7}{'batch':>7}{'steps':>10}  probe")
@@ -141,13 +136,20 @@ def presets(argv: Args) -> None:
 
 def doctor(argv: Args) -> None:
     """show what is active on this machine, and why the rest is not"""
-    _no_flags("doctor", "Show what is active here.\n\nExample: lsep doctor", argv)
+    no_flags("doctor", "Show what is active here.\n\nExample: lsep doctor", argv)
     from lsep.doctor import describe
 
     print(describe())
 
 
-COMMANDS: dict[str, Callable[[Args], None]] = {c.__name__: c for c in (train, sample, report, presets, doctor)}
+def data(argv: Args) -> None:
+    """pack, encode, index, check, show or stage a data set: lsep data --help"""
+    from lsep.data.commands import main as data_main
+
+    data_main(argv)
+
+
+COMMANDS: dict[str, Callable[[Args], None]] = {c.__name__: c for c in (train, sample, report, data, presets, doctor)}
 
 
 def _usage() -> str:
@@ -158,64 +160,6 @@ def _usage() -> str:
         + "\n".join(lines)
         + "\n\n`lsep COMMAND --help` shows its flags. Start with: lsep train quickstart\n"
     )
-
-
-def _run_argument(command: str, argv: Args) -> tuple[str, Args]:
-    if argv and not argv[0].startswith("-"):
-        return argv[0], argv[1:]
-    if {"-h", "--help"} & set(argv):
-        return "RUN", argv
-    raise UserError(f"lsep {command}: the run's directory is missing, expected it first: lsep {command} RUN ...")
-
-
-def _no_flags(usage: str, description: str, argv: Args) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(f"usage: lsep {usage}\n\n{description}")
-        raise SystemExit(0)
-    if argv:
-        raise UserError(f"lsep {usage} takes no argument {argv[0]!r}")
-
-
-def _parse(kind: type, argv: Args, prog: str, description: str, default: Any = None) -> Any:
-    """tyro's parser, its errors folded into one sentence, unknown flags with the nearest names."""
-    import tyro
-
-    given = {} if default is None else {"default": default}
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            args, unknown = tyro.cli(
-                kind, args=argv, prog=prog, description=description, return_unknown_args=True, **given
-            )
-    except SystemExit as end:
-        if not end.code:
-            print(out.getvalue(), end="")
-            raise
-        raise UserError(_one_sentence(err.getvalue() + out.getvalue())) from None
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise UserError(f"argument {flag!r} is unexpected, expected flags")
-        raise UserError(f"flag {flag!r} is unknown{_near_flags(flag, kind, prog, given)}")
-    return args
-
-
-def _one_sentence(text: str) -> str:
-    """The message inside tyro's error: a framed box on a terminal, a title and ruled sections elsewhere."""
-    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    sections = re.split(r"\n[─-]{5,}\n", "\n".join(lines))
-    message = sections[0] if "╭" in text else sections[min(1, len(sections) - 1)]
-    return " ".join(message.split()).rstrip(".")
-
-
-def _near_flags(flag: str, kind: type, prog: str, given: dict[str, Any]) -> str:
-    import tyro
-
-    completions = io.StringIO()
-    with contextlib.redirect_stdout(completions), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], prog=prog, **given)
-    known = sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", completions.getvalue())) - {"--help"})
-    return nearest(flag, known)
 
 
 def main(argv: Args | None = None) -> int:

@@ -126,8 +126,16 @@ class DataConfig:
 
     path: str | None = None
     """A store (a folder with manifest.json), or `digits` for the real images inside scikit-learn."""
+    loader: Literal["auto", "torch", "dali", "resident"] = "auto"
+    """torch: threads and pinned buffers; dali: the same through NVIDIA DALI; resident: all of it in device memory."""
+    threads: int = 2
+    """Threads that read rows."""
     prefetch: int = 4
-    """Batches read ahead of the step."""
+    """Micro-batches read ahead of the step."""
+    crc: bool = True
+    """Compare the checksum of every row that is read."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """A damaged row ends the run (raise), or is replaced by the next in order and counted in the metrics (skip)."""
 
 
 @dataclass(frozen=True)
@@ -303,8 +311,8 @@ def from_dict(values: Any, source: str) -> Config:
 
 # A run may go on with these changed: they touch neither the weights nor the numbers drawn.
 FREE_ON_RESUME = {
-    "data.path", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.keep_every",
-    "train.sample_every", "train.wandb",
+    "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every",
+    "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every", "train.wandb",
 }  # fmt: skip
 
 

@@ -25,8 +25,9 @@ from lsep import checkpoint
 from lsep.checks import check, resolve
 from lsep.config import Config
 from lsep.data import order
-from lsep.data.loader import Batch, open_source, steps_of_batches
+from lsep.data.loader import Batch, Loader, open_source
 from lsep.data.manifest import Source
+from lsep.data.reader import Sequence
 from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
 from lsep.metrics import Logger, require_wandb
@@ -75,7 +76,7 @@ def setup(config: Config) -> State:
     if config.train.wandb:
         require_wandb()
     device = pick_device(config.train.device)
-    source = open_source(config.data.path)
+    source = open_source(config.data)
     config = resolve(config, source.manifest)
     if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
         precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
@@ -103,6 +104,14 @@ def setup(config: Config) -> State:
         plans=plans,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
     )
+
+
+def open_loader(state: State, first: int, last: int) -> Loader:
+    """The batches of steps `first` to `last - 1` (counted from 0)."""
+    train, data = state.config.train, state.config.data
+    accumulate, skip = state.config.optim.accumulate, data.on_corrupt == "skip"
+    sequence = Sequence(state.source, train.seed, train.batch_size, accumulate, first, last, skip)
+    return Loader(sequence, data, state.device)
 
 
 def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
@@ -173,17 +182,15 @@ def _loop(
     config, step = state.config.train, progress.step
     clock = _Clock(state.device, progress.seconds)
     window = _Window(state, step, progress.seconds)
-    accumulate, prefetch = state.config.optim.accumulate, state.config.data.prefetch
-    for batches in steps_of_batches(
-        state.source, config.seed, config.batch_size, accumulate, step, config.steps, state.device, prefetch
-    ):
+    loader = open_loader(state, step, config.steps)
+    for batches in loader:
         window.add(train_step(state, step, batches))
         step += 1
         logger.advance()
         stop = step == config.steps or interrupted()
         save = stop or step % config.checkpoint_every == 0
         if save or step % config.log_every == 0:  # a checkpoint closes the window, so that resuming repeats it
-            logger.log(window.close(step, clock))
+            logger.log({**window.close(step, clock), "skipped_rows": loader.skipped})
         if save:
             with clock.paused():
                 checkpoint.save(

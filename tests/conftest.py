@@ -10,7 +10,7 @@ import torch
 from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, override
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
-from lsep.data.store import write_store
+from lsep.data.writer import write_store
 from lsep.objective import Objective
 
 TINY = Config(

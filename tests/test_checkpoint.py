@@ -10,14 +10,13 @@ from conftest import tiny
 
 from lsep import checkpoint
 from lsep.checkpoint import Progress
-from lsep.data.loader import steps_of_batches
 from lsep.errors import UserError
-from lsep.train import State, setup, train_step
+from lsep.train import State, open_loader, setup, train_step
 
 
 def trained(store: Path, steps: int = 2, **changes: object) -> State:
     state = setup(tiny(data__path=str(store), **changes))
-    for step, batches in enumerate(steps_of_batches(state.source, 0, 10, 1, 0, steps, state.device, 1)):
+    for step, batches in enumerate(open_loader(state, 0, steps)):
         train_step(state, step, batches)
     return state
 

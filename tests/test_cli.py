@@ -69,7 +69,7 @@ def test_flags_of_the_contract_are_in_the_help(capsys: pytest.CaptureFixture[str
         (["train", "quickstart", "--probe.window-min", "9"], "--probe.window-min is 9, expected at most"),
         (["train", "sit-s-2-256"], "--data.path is missing"),
         (["train", "quickstart", "--train.wandb", "x", "--train.steps", "1"], "wandb"),
-        (["sample"], "the run's directory is missing"),
+        (["sample"], "expected RUN first, then flags; found 'nothing'"),
         (["sample", "nowhere"], "nowhere: not a run directory"),
         (["report", "nowhere"], "nowhere: not a run directory"),
         (["presets", "--all"], "takes no argument '--all'"),

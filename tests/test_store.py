@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsep.data.store import Store, write_store
+from lsep.data.store import Store
+from lsep.data.writer import write_store
 from lsep.errors import UserError
 
 

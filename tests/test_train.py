@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsep import checkpoint
 from lsep.config import Config, flat
-from lsep.data.loader import steps_of_batches
 from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
 from lsep.run import Run
-from lsep.train import State, setup, train, train_step
+from lsep.train import State, open_loader, setup, train, train_step
 
 
 def flags(config: Config) -> list[str]:
@@ -92,10 +91,7 @@ def test_two_runs_are_bitwise_equal_and_seeds_differ(store: Path, tmp_path: Path
 
 
 def losses_of(state: State, steps: int) -> torch.Tensor:
-    config = state.config
-    batches = steps_of_batches(
-        state.source, config.train.seed, config.train.batch_size, config.optim.accumulate, 0, steps, state.device, 2
-    )
+    batches = open_loader(state, 0, steps)
     return torch.stack([train_step(state, step, b) for step, b in enumerate(batches)])
 
 
@@ -129,7 +125,7 @@ def refuse(*args: object, **kwargs: object) -> None:
 @pytest.mark.parametrize("branch", ["shared", "paper"])
 def test_step_reads_nothing_back(store: Path, branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = setup(tiny(data__path=str(store), probe__branch=branch, optim__accumulate=2))
-    ready = list(steps_of_batches(state.source, 0, 10, 2, 0, 2, state.device, 2))
+    ready = list(open_loader(state, 0, 2))
     train_step(state, 0, ready[0])
     for name in ("tolist", "numpy", "cpu", "__array__"):  # on a CPU these do not go through the dispatcher
         monkeypatch.setattr(torch.Tensor, name, refuse)
@@ -144,7 +140,7 @@ def test_step_reads_nothing_back(store: Path, branch: str, monkeypatch: pytest.M
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_step_does_not_wait_for_the_gpu(store: Path) -> None:
     state = setup(tiny(data__path=str(store), train__device="cuda"))
-    ready = list(steps_of_batches(state.source, 0, 10, 1, 0, 2, state.device, 2))
+    ready = list(open_loader(state, 0, 2))
     train_step(state, 0, ready[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -156,7 +152,7 @@ def test_step_does_not_wait_for_the_gpu(store: Path) -> None:
 def test_overfits_one_batch(store: Path) -> None:
     """Both losses of one fixed batch, at fixed noise, go towards zero."""
     state = setup(tiny(data__path=str(store), optim__lr=5e-3, probe__weight_start=0.3, probe__weight_end=0.3))
-    batch = next(steps_of_batches(state.source, 0, 10, 1, 0, 1, state.device, 1))
+    batch = next(iter(open_loader(state, 0, 1)))
     trace = []
     for _ in range(400):
         trace.append(train_step(state, 0, batch))

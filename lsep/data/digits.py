@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from lsep.data.manifest import Ids, Manifest, Rows
+from lsep.data.manifest import Flips, Ids, Manifest, Rows
 
 
 class Digits:
@@ -20,11 +20,13 @@ class Digits:
             rows=len(self._x),
             num_classes=10,
             probe_classes=10,
+            dtype="uint8",
             class_names=tuple(str(i) for i in range(10)),
         )
 
-    def read(self, ids: Ids) -> Rows:
-        return Rows(self._x[ids], self._y[ids], self._y[ids])
+    def read(self, ids: Ids, flips: Flips | None = None, out: np.ndarray | None = None) -> Rows:
+        x = np.take(self._x, ids, axis=0, out=out)  # digits have no mirror images, so there are no flips
+        return Rows(x, self._y[ids], self._y[ids])
 
 
 def _load() -> tuple[np.ndarray, Ids]:

@@ -1,25 +1,36 @@
-"""From ids to batches on the device: a thread reads ahead, the copy to a GPU is asynchronous.
+"""From ids to batches on the device. One interface, three ways, bit-identical batches:
 
-The loader has no state of its own: batch `step` is a function of (seed, step), see `order`.
+    torch     the ring of `reader`, pinned buffers and asynchronous copies by torch
+    dali      the same ring handed to NVIDIA DALI's external source
+    resident  the whole set in the device's memory, rows gathered there
+
+A loader has no state of its own: the batch of a step is a function of (seed, step), see `order`.
 """
 
-from collections import deque
+import importlib.util
+import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lsep.data import order
+from lsep.config import DataConfig
 from lsep.data.digits import Digits
-from lsep.data.manifest import Source
+from lsep.data.manifest import CorruptRow, Flips, Ids, Rows, Source
+from lsep.data.reader import HostBatch, Sequence, ring
 from lsep.data.store import Store
 from lsep.errors import UserError
 
+_SMALL = 64 << 20  # bytes; a larger set is not copied into the host's memory unasked
+
 
 class Batch(NamedTuple):
-    """A micro-batch on the device: x `(B, *row_shape)`, int64 labels y and probe_y `(B,)`, int64 sample ids `(B,)`."""
+    """A micro-batch on the device: x `(B, *row_shape)`, labels y and probe_y and sample ids `(B,)` int64.
+
+    Valid until the next step's batches are asked for: its memory is used again then.
+    """
 
     x: Tensor
     y: Tensor
@@ -27,46 +38,131 @@ class Batch(NamedTuple):
     id: Tensor
 
 
-def open_source(path: str | None) -> Source:
+def open_source(config: DataConfig) -> Source:
     """The data set at `--data.path`: a store's folder, or `digits`."""
-    if path is None:
+    if config.path is None:
         raise UserError("--data.path is missing, expected the folder of a store (with manifest.json) or 'digits'")
-    if path == "digits":
+    if config.path == "digits":
         return Digits()
-    return Store(path)
+    return Store(config.path, check_rows=config.crc)
 
 
-def steps_of_batches(
-    source: Source,
-    seed: int,
-    batch_size: int,
-    accumulate: int,
-    first: int,
-    last: int,
-    device: torch.device,
-    prefetch: int,
-) -> Iterator[list[Batch]]:
-    """For each step from `first` to `last - 1` its micro-batches, read up to `prefetch` steps ahead."""
+class Loader:
+    """Iterates over steps, each a list of micro-batches; `skipped` counts the damaged rows replaced so far."""
 
-    def read(step: int) -> list[Batch]:
-        batches = []
-        for shard in range(accumulate):
-            ids = order.batch_ids(step, source.manifest.rows, batch_size, seed, shard, accumulate)
-            rows = source.read(ids)
-            parts = [torch.from_numpy(a) for a in (*rows, ids)]
-            batches.append(Batch(*(p.pin_memory() if device.type == "cuda" else p for p in parts)))
-        return batches
+    def __init__(self, sequence: Sequence, config: DataConfig, device: torch.device) -> None:
+        self.sequence, self.config, self.device = sequence, config, device
+        self.kind = choose(config, sequence.source, device)
+        self.skipped = 0
 
-    # One thread keeps the order of errors; it is never joined on an error, so a slow read cannot hold up the message.
-    pool = ThreadPoolExecutor(1, thread_name_prefix="lsep-loader")
-    try:
-        ahead: deque[Future[list[Batch]]] = deque(
-            pool.submit(read, s) for s in range(first, min(last, first + prefetch))
-        )
-        for step in range(first, last):
-            ready = ahead.popleft().result()
-            if step + prefetch < last:
-                ahead.append(pool.submit(read, step + prefetch))
-            yield [Batch(*(p.to(device, non_blocking=True) for p in batch)) for batch in ready]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = {"torch": self._torch, "dali": self._dali, "resident": self._resident}[self.kind]()
+        for _ in range(self.sequence.first, self.sequence.last):
+            yield [next(batches) for _ in range(self.sequence.accumulate)]
+
+    def _torch(self) -> Iterator[Batch]:
+        manifest, cuda = self.sequence.source.manifest, self.device.type == "cuda"
+        buffers: list[Tensor] = []
+        copied: dict[int, torch.cuda.Event] = {}
+
+        def allocate() -> np.ndarray:
+            shape = (self.sequence.rows, *manifest.row_shape)
+            buffers.append(torch.empty(shape, dtype=getattr(torch, manifest.dtype), pin_memory=cuda))
+            return buffers[-1].numpy()
+
+        def wait(slot: int) -> None:
+            if slot in copied:
+                copied[slot].synchronize()
+
+        threads, depth = self.config.threads, self.config.prefetch
+        for slot, host in ring(self.sequence, threads, depth, allocate, wait, self.sequence.accumulate):
+            x = buffers[slot].to(self.device, non_blocking=True)
+            if cuda:
+                copied[slot] = torch.cuda.Event()
+                copied[slot].record()
+            yield self._labelled(x, host)
+
+    def _dali(self) -> Iterator[Batch]:
+        from lsep.data.dali import batches
+
+        for x, host in batches(self.sequence, self.config.threads, self.config.prefetch, self.device):
+            yield self._labelled(x, host)
+
+    def _labelled(self, x: Tensor, host: HostBatch) -> Batch:
+        self.skipped += host.skipped
+        return Batch(x, *self._to_device(host.y, host.probe_y, host.id))
+
+    def _to_device(self, *columns: Ids) -> tuple[Tensor, ...]:
+        """Columns of one length on the device, in one copy that the host does not wait for."""
+        together = torch.from_numpy(np.stack(columns))
+        if self.device.type == "cuda":
+            together = together.pin_memory().to(self.device, non_blocking=True)
+        return together.unbind(0)
+
+    def _resident(self) -> Iterator[Batch]:
+        rows = self.sequence.source.manifest.rows
+        x, y, probe_y, bad = load_all(self.sequence.source, self.sequence.skip, self.device)
+
+        def readable(sample: int, epoch: int) -> bool:
+            flips = self.sequence.flips(np.array([sample]), epoch)
+            return not bad[sample if flips is None else sample + rows * int(flips[0])]
+
+        for i in range(len(self.sequence)):
+            ids, epoch = self.sequence.ids(i)
+            if bad.any():
+                self.skipped += self.sequence.replace(ids, epoch, readable)
+            flips = self.sequence.flips(ids, epoch)
+            place, there = self._to_device(ids if flips is None else ids + flips * rows, ids)
+            yield Batch(x[place], y[there], probe_y[there], there)
+
+
+def load_all(source: Source, skip: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    """All rows on the device, mirrored ones behind them, and both label columns `(rows,)`.
+
+    The last array marks damaged rows, which `skip` leaves out instead of raising CorruptRow; like x it has one entry a
+    row and variant.
+    """
+    m = source.manifest
+    total = m.rows * (1 + m.flips)
+    x = torch.empty((total, *m.row_shape), dtype=getattr(torch, m.dtype), device=device)
+    labels, bad = np.zeros((2, m.rows), np.int64), np.zeros(total, bool)
+
+    def put(ids: Ids, flips: Flips | None, place: Ids) -> None:
+        try:
+            rows: Rows = source.read(ids, flips)
+        except CorruptRow:
+            if not skip:
+                raise
+            if len(ids) == 1:
+                bad[place] = True
+                return
+            for i in range(len(ids)):
+                put(ids[i : i + 1], None if flips is None else flips[i : i + 1], place[i : i + 1])
+            return
+        x[int(place[0]) : int(place[-1]) + 1] = torch.from_numpy(rows.x).to(device)
+        labels[:, ids] = rows.y, rows.probe_y
+
+    for variant in range(1 + m.flips):
+        for start in range(0, m.rows, 4096):
+            ids = np.arange(start, min(start + 4096, m.rows))
+            put(ids, np.full(len(ids), variant == 1) if m.flips else None, ids + variant * m.rows)
+    y, probe_y = torch.from_numpy(labels).to(device).unbind(0)
+    return x, y, probe_y, bad
+
+
+def has_dali() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def choose(config: DataConfig, source: Source, device: torch.device) -> str:
+    """The loader behind `--data.loader`; auto: resident where the set fits, else DALI on a GPU, else torch."""
+    if config.loader == "dali" and not has_dali():
+        raise UserError("--data.loader dali needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130")
+    if config.loader != "auto":
+        return config.loader
+    manifest, cuda = source.manifest, device.type == "cuda"
+    needed = manifest.rows * (1 + manifest.flips) * manifest.row_bytes
+    free = torch.cuda.mem_get_info(device)[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed <= (free // 2 if cuda else min(free // 2, _SMALL)):
+        return "resident"
+    return "dali" if cuda and has_dali() else "torch"

@@ -8,17 +8,27 @@ from functools import lru_cache
 
 import numpy as np
 
-from lsep.data.manifest import Ids
+from lsep.data.manifest import Flips, Ids
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
     return rows // batch_size
 
 
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 0, stream]))
+
+
 @lru_cache(maxsize=2)
 def permutation(rows: int, seed: int, epoch: int) -> Ids:
     """The epoch's order of all ids `(rows,)`."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
+    return _generator(seed, epoch, 0).permutation(rows)
+
+
+@lru_cache(maxsize=2)
+def mirrored(rows: int, seed: int, epoch: int) -> Flips:
+    """Which ids are mirrored in this epoch `(rows,)`, each with probability 1/2."""
+    return _generator(seed, epoch, 1).integers(0, 2, rows, dtype=np.uint8).astype(bool)
 
 
 def batch_ids(step: int, rows: int, batch_size: int, seed: int, shard: int = 0, shards: int = 1) -> Ids:
@@ -26,3 +36,10 @@ def batch_ids(step: int, rows: int, batch_size: int, seed: int, shard: int = 0, 
     epoch, within = divmod(step, steps_per_epoch(rows, batch_size))
     ids = permutation(rows, seed, epoch)[within * batch_size : (within + 1) * batch_size]
     return ids[shard::shards].astype(np.int64)
+
+
+def next_in_order(sample: int, rows: int, seed: int, epoch: int) -> int:
+    """The id that comes after `sample` in the epoch's order, the first after the last."""
+    order = permutation(rows, seed, epoch)
+    place = int(np.flatnonzero(order == sample)[0])
+    return int(order[(place + 1) % rows])

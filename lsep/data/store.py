@@ -1,207 +1,164 @@
-"""The store: safetensors shards of fixed-size rows beside one `manifest.json`.
+"""The store: shards of fixed-size rows beside one `manifest.json`, described in docs/store.md.
 
-    write_store(path, kind="moments", x=moments, y=labels, num_classes=1000, scale=0.18215)
-    Store(path).read(ids)
-
-Rows are read with `pread`: a shard truncated under a running training becomes an error that names file and row, where
-a memory map would kill the process.
+Store(path).read(ids)
 """
 
 import json
 import os
+import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lsep.data.manifest import Ids, Manifest, Rows
+from lsep.data.manifest import KINDS, Flips, Ids, Manifest, Rows
+from lsep.data.shards import Entry, Shard
 from lsep.errors import UserError
 
-VERSION = 1
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "U8": np.dtype("uint8"),
-    "I64": np.dtype("int64"),
-}
-
-
-class _Shard:
-    """One safetensors file: open descriptor, byte offset and type of its rows."""
-
-    def __init__(self, path: Path, manifest: Manifest, rows: int) -> None:
-        self.path, self.rows = path, rows
-        try:
-            self.file = path.open("rb")  # closed with the shard
-        except OSError as error:
-            raise UserError(
-                f"{path}: the manifest names this shard, but it cannot be opened: {error.strerror}"
-            ) from None
-        self.fd = self.file.fileno()
-        size = os.fstat(self.fd).st_size
-        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise UserError(f"{path}: not a safetensors file, or truncated inside its header")
-        try:
-            header: dict[str, Any] = json.loads(os.pread(self.fd, length, 8))
-            self.columns = {k: self._column(v, 8 + length) for k, v in header.items() if k != "__metadata__"}
-            x_dtype, x_shape, self.offset, end = self.columns[manifest.kind]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: expected a safetensors file with a {manifest.kind!r} tensor ({error!r})"
-            ) from None
-        if x_shape != (rows, *manifest.row_shape):
-            raise UserError(
-                f"{path}: {manifest.kind} has shape {x_shape}, expected {(rows, *manifest.row_shape)} by the manifest"
-            )
-        if end > size:
-            raise UserError(f"{path}: truncated, {size} bytes found and {end} expected")
-        self.dtype = x_dtype
-        self.row_bytes = x_dtype.itemsize * int(np.prod(manifest.row_shape))
-        if end - self.offset != rows * self.row_bytes:
-            raise UserError(
-                f"{path}: {manifest.kind} spans {end - self.offset} bytes, expected {rows * self.row_bytes}"
-            )
-
-    @staticmethod
-    def _column(entry: dict[str, Any], base: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
-        start, end = entry["data_offsets"]
-        return _DTYPES[entry["dtype"]], tuple(entry["shape"]), base + start, base + end
-
-    def labels(self, name: str, classes: int) -> Ids:
-        """A whole label column `(rows,)`, checked against the number of classes."""
-        if name not in self.columns:
-            raise UserError(f"{self.path}: no {name!r} tensor, expected int64 ({self.rows},)")
-        dtype, shape, start, end = self.columns[name]
-        if dtype != np.int64 or shape != (self.rows,):
-            raise UserError(f"{self.path}: {name} is {dtype} {shape}, expected int64 ({self.rows},)")
-        labels = np.frombuffer(os.pread(self.fd, end - start, start), np.int64)
-        if len(labels) != self.rows:
-            raise UserError(f"{self.path}: truncated inside {name!r}")
-        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        if len(wrong):
-            row = int(wrong[0])
-            raise UserError(
-                f"{self.path}: {name} of row {row} is {int(labels[row])}, "
-                f"expected from 0 to {classes - 1} by the manifest"
-            )
-        return labels
-
-    def read_row(self, row: int, out: np.ndarray, sample: int) -> None:
-        got = os.preadv(self.fd, [out.data], self.offset + row * self.row_bytes)
-        if got != self.row_bytes:
-            raise UserError(
-                f"{self.path}: row {row} (sample {sample}) is truncated, {got} of {self.row_bytes} bytes found"
-            )
+FORMAT, VERSION = "lsep-store", 1
+_DTYPES = ("float32", "float16", "uint8")
+_JSON_LIMIT = 256 << 20
 
 
 class Store:
     """A data set on disk; ids count the rows of all shards in the manifest's order."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.manifest, shards = _read_manifest(self.path)
-        entry = self.manifest
-        self._shards = [_Shard(_inside(self.path, file), entry, rows) for file, rows in shards]
-        self._starts = np.cumsum([0] + [s.rows for s in self._shards])
-        self._y = np.concatenate([s.labels("labels", entry.num_classes) for s in self._shards])
-        self._probe_y = self._y
-        if any("probe_labels" in s.columns for s in self._shards):
-            self._probe_y = np.concatenate([s.labels("probe_labels", entry.probe_classes) for s in self._shards])
-        elif entry.probe_classes != entry.num_classes:
+    def __init__(self, path: str | Path, check_rows: bool = True) -> None:
+        """`check_rows`: compare the crc32 of every row that is read."""
+        self.path, self.check_rows = Path(path), check_rows
+        self.manifest, self.entries = read_manifest(self.path)
+        m = self.manifest
+        self.shards = [Shard(self.path, entry, m) for entry in self.entries]
+        self._starts = np.cumsum([0] + [s.entry.rows for s in self.shards])
+        self._y = np.concatenate([s.labels for s in self.shards])
+        probe = [s.probe_labels for s in self.shards if s.probe_labels is not None]
+        if probe and len(probe) != len(self.shards):
+            raise UserError(f"{self.path}: some shards hold 'probe_labels' and some do not, expected all or none")
+        if not probe and m.probe_classes != m.num_classes:
             raise UserError(
-                f"{self.path}: probe_classes is {entry.probe_classes} and the shards hold no 'probe_labels', "
-                f"expected num_classes, {entry.num_classes}"
+                f"{self.path}: probe_classes is {m.probe_classes} and the shards hold no 'probe_labels', "
+                f"expected num_classes, {m.num_classes}"
             )
-        dtypes = {s.dtype for s in self._shards}
-        if len(dtypes) > 1:
-            raise UserError(f"{self.path}: shards hold different types {sorted(map(str, dtypes))}, expected one")
-        self._dtype = dtypes.pop()
+        self._probe_y = np.concatenate(probe) if probe else self._y
+        # Flat tables over shards and rows: the loop over a batch's rows is the hot path of every loader.
+        self._fds = [s.fd for s in self.shards]
+        self._packed = np.array([s.fd is not None for s in self.shards], np.int64)
+        offsets = [(e.offset, e.offset if e.flip_offset is None else e.flip_offset) for e in self.entries]
+        self._offsets = np.array(offsets, np.int64).T
+        columns = [(s.crc, s.crc if s.crc_flip is None else s.crc_flip) for s in self.shards]
+        self._crc = np.stack([np.concatenate(c) for c in zip(*columns, strict=True)])
+        self._suspect = np.array([e.non_finite > 0 for e in self.entries])
 
-    def read(self, ids: Ids) -> Rows:
-        x = np.empty((len(ids), *self.manifest.row_shape), self._dtype)
-        shards = np.searchsorted(self._starts, ids, side="right") - 1
-        for out, sample, shard in zip(x, ids.tolist(), shards.tolist(), strict=True):
-            self._shards[shard].read_row(sample - int(self._starts[shard]), out, sample)
+    @property
+    def labels(self) -> Ids:
+        """Labels of all rows `(rows,)`."""
+        return self._y
+
+    def read(self, ids: Ids, flips: Flips | None = None, out: np.ndarray | None = None) -> Rows:
+        """Rows in this order, see `Source.read`. A row with a value that is not finite is corrupt as well."""
+        m = self.manifest
+        x = np.empty((len(ids), *m.row_shape), m.dtype) if out is None else out
+        whole, size = memoryview(x).cast("B"), m.row_bytes  # type: ignore[arg-type]
+        views = [whole[i : i + size] for i in range(0, len(whole), size)]
+        which = np.searchsorted(self._starts, ids, side="right") - 1
+        rows = ids - self._starts[which]
+        variant = np.zeros(len(ids), np.int64) if flips is None else flips.astype(np.int64)
+        offsets = (self._offsets[variant, which] + rows * size * self._packed[which]).tolist()
+        for i, (shard, offset) in enumerate(zip(which.tolist(), offsets, strict=True)):
+            fd = self._fds[shard]
+            if fd is None:
+                got = self.shards[shard].read_file(int(rows[i]), views[i], int(ids[i]))
+            else:
+                got = os.preadv(fd, (views[i],), offset)
+            if got != size:
+                self._corrupt(i, which, rows, ids, f"is truncated, {got} of {size} bytes found")
+        if self.check_rows:
+            for i, expected in enumerate(self._crc[variant, ids].tolist()):
+                found = zlib.crc32(views[i])
+                if found != expected:
+                    self._corrupt(
+                        i, which, rows, ids, f"is damaged, crc32 {found:08x} found and {expected:08x} expected"
+                    )
+        # A row whose crc32 is right holds what was counted when it was written: only other rows need the test.
+        if (not self.check_rows or self._suspect[which].any()) and not all_finite(x):
+            i = int(np.flatnonzero([not all_finite(row) for row in x])[0])
+            self._corrupt(i, which, rows, ids, "holds a value that is not finite")
         return Rows(x, self._y[ids], self._probe_y[ids])
 
-
-def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder / 'manifest.json'}: shard {name!r} leaves the store's folder")
-    return path
+    def _corrupt(self, i: int, which: Ids, rows: Ids, ids: Ids, what: str) -> None:
+        self.shards[which[i]].corrupt(int(rows[i]), int(ids[i]), what)
 
 
-def _read_manifest(folder: Path) -> tuple[Manifest, list[tuple[str, int]]]:
-    """The manifest, and (file, rows) of each shard."""
+def all_finite(x: np.ndarray) -> bool:
+    """Whether every value is finite, in two passes over the bits without a temporary: exponents of all ones sort last."""
+    if x.dtype == np.uint8 or not x.size:
+        return True
+    signed, unsigned, top = (
+        (np.int16, np.uint16, 0x7C00) if x.dtype == np.float16 else (np.int32, np.uint32, 0x7F800000)
+    )
+    negative = top | 1 << (8 * x.dtype.itemsize - 1)
+    return bool(x.view(signed).max() < top and x.view(unsigned).max() < negative)
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, list[Entry]]:
+    """The manifest of a store and its shards; every field is checked, see docs/store.md."""
     path = folder / "manifest.json"
     try:
-        entry = json.loads(path.read_text())
-    except FileNotFoundError:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, expected at most {_JSON_LIMIT}")
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--data.path {folder}: no manifest.json there, expected a store or 'digits'") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    try:
-        if entry["version"] != VERSION:
-            raise UserError(f"{path}: version {entry['version']!r}, expected {VERSION}")
-        if entry["kind"] not in ("moments", "samples", "pixels"):
-            raise UserError(f"{path}: kind {entry['kind']!r}, expected 'moments', 'samples' or 'pixels'")
-        channels, height, width = (int(n) for n in entry["shape"])
-        shards = [(str(s["file"]), int(s["rows"])) for s in entry["shards"]]
-        if not shards or min(n for _, n in shards) < 1:
-            raise UserError(f"{path}: expected at least one shard, each with at least one row")
-        classes = int(entry["num_classes"])
-        manifest = Manifest(
-            source=str(folder.resolve()),
-            kind=entry["kind"],
-            shape=(channels, height, width),
-            rows=sum(n for _, n in shards),
-            num_classes=classes,
-            probe_classes=int(entry.get("probe_classes") or classes),
-            class_names=tuple(str(n) for n in entry.get("class_names", ())),
-            scale=float(entry["scale"]),
-            shift=float(entry.get("shift", 0.0)),
-        )
-        return manifest, shards
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {type(error).__name__} {error}, expected the fields of a store's manifest") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UserError(f"{path}: not the manifest of a store, expected 'format': '{FORMAT}'")
+    if value.get("version") != VERSION:
+        raise UserError(f"{path}: version {value.get('version')!r}, expected {VERSION}")
+    listed = value.get("shards")
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{path}: 'shards' is {str(listed)[:80]!r}, expected a list of at least one")
+    entries = [Entry.parse(e, str(path)) for e in listed]
+    manifest = _parse(value, path, entries)
+    for entry in entries:
+        # Before any memory is taken: a row count must fit what the shard's file can hold.
+        room = manifest.row_bytes * (entry.rows if entry.layout == "packed" else 1)
+        if max(entry.offset, entry.flip_offset or 0) + room > entry.bytes:
+            raise UserError(f"{path}: {entry.rows} rows do not fit the {entry.bytes} bytes of shard {entry.file!r}")
+    mirrored = {e.flip_offset is not None for e in entries}
+    if mirrored != {manifest.flips}:
+        raise UserError(f"{path}: some shards have a flip_offset and some do not, expected all or none")
+    return manifest, entries
 
 
-def write_store(
-    path: str | Path,
-    *,
-    kind: Literal["moments", "samples", "pixels"],
-    x: np.ndarray,
-    y: np.ndarray,
-    num_classes: int,
-    probe_y: np.ndarray | None = None,
-    probe_classes: int | None = None,
-    class_names: tuple[str, ...] = (),
-    scale: float = 1.0,
-    shift: float = 0.0,
-    shard_rows: int = 8192,
-) -> None:
-    """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store, the manifest last."""
-    from safetensors.numpy import save_file
+def _parse(value: dict[str, Any], path: Path, entries: list[Entry]) -> Manifest:
+    def fail(name: str, wanted: str) -> UserError:
+        return UserError(f"{path}: {name} is {str(value.get(name))[:80]!r}, expected {wanted}")
 
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, str | int]] = []
-    for start in range(0, len(x), shard_rows):
-        rows = slice(start, start + shard_rows)
-        tensors = {kind: np.ascontiguousarray(x[rows]), "labels": y[rows].astype(np.int64)}
-        if probe_y is not None:
-            tensors["probe_labels"] = probe_y[rows].astype(np.int64)
-        name = f"shard-{len(shards):05d}.safetensors"
-        save_file(tensors, folder / name)
-        shards.append({"file": name, "rows": len(tensors["labels"])})
-    channels = x.shape[1] // 2 if kind == "moments" else x.shape[1]
-    manifest = {
-        "version": VERSION, "kind": kind, "shape": [channels, *x.shape[2:]], "num_classes": num_classes,
-        "probe_classes": probe_classes, "class_names": list(class_names), "scale": scale, "shift": shift,
-        "shards": shards,
-    }  # fmt: skip
-    temporary = folder / "manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.replace(folder / "manifest.json")
+    kind, shape, dtype = value.get("kind"), value.get("shape"), value.get("dtype")
+    if kind not in KINDS:
+        raise fail("kind", " or ".join(KINDS))
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 2**16 for n in shape):
+        raise fail("shape", "three counts C, H, W")
+    if dtype not in _DTYPES or (kind == "pixels") != (dtype == "uint8"):
+        raise fail("dtype", "uint8 for pixels, float32 or float16 for latents")
+    classes, probe_classes = value.get("num_classes"), value.get("probe_classes")
+    for name, count in (("num_classes", classes), ("probe_classes", probe_classes)):
+        if (type(count) is not int or not 0 < count < 2**31) and not (name == "probe_classes" and count is None):
+            raise fail(name, "a count")
+    names = value.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise fail("class_names", "a list of names")
+    for name in ("scale", "shift"):
+        number = value.get(name)
+        if not isinstance(number, int | float) or not abs(number) < 1e30 or (name == "scale" and number == 0):
+            raise fail(name, "a finite number")
+    assert isinstance(classes, int)
+    return Manifest(
+        source=str(path.parent.resolve()), kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype,
+        rows=sum(e.rows for e in entries), num_classes=classes, probe_classes=probe_classes or classes,
+        class_names=tuple(names), scale=float(value["scale"]), shift=float(value["shift"]),
+        flips=entries[0].flip_offset is not None,
+    )  # fmt: skip

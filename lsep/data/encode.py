@@ -1,0 +1,274 @@
+"""Images to a store of moments: `encode` runs a diffusers `AutoencoderKL` over a folder of class folders.
+
+Every rank encodes whole shards of its own and batches begin with the shard, so what a shard holds depends neither on
+the number of processes nor on where an earlier run was cut. `encode.json` in the store's folder keeps the settings: a
+restart that differs in one is refused instead of mixing two encodings in one store.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from lsep.data.images import center_crop, list_images, load_image
+from lsep.data.manifest import Ids
+from lsep.data.writer import Block, Header, build
+from lsep.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS = "encode.json"
+INSTALL = "pip install diffusers"
+
+
+def encode(
+    images: Path,
+    out: Path,
+    vae: str,
+    size: int = 256,
+    flips: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 16,
+    shard_rows: int = 4096,
+    device: str = "auto",
+    dtype: Literal["float16", "float32"] = "float16",
+) -> None:
+    """Encode `images/<class>/**` at `size` x `size` pixels into the store `out` of rows (2C, H, W): mean, then std.
+
+    `vae` is a folder or a hub id. With `flips` each row has a second variant, the encoding of the mirrored image. Under
+    torchrun every process takes every WORLD_SIZE-th shard on its own GPU. A killed run, started again with the same
+    arguments, continues after its last whole shard.
+    """
+    for flag, value in (("--size", size), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}, expected at least 1")
+    rank, world, local = ranks()
+    folder = ImageFolder(Path(images), *list_images(Path(images)))
+    recipe = Recipe(size, flips, precision, batch_size, shard_rows, dtype)
+    source = Encoder(folder, load_vae(vae), recipe, pick_device(device, local), Path(out) / SETTINGS)
+    build(source, Path(out), shard_rows=shard_rows, rank=rank, world=world)
+
+
+class ImageFolder(NamedTuple):
+    """Images of a folder, their labels `(N,)` and the class names, in sorted order."""
+
+    root: Path
+    paths: list[Path]
+    labels: Ids
+    names: tuple[str, ...]
+
+    def relative(self, start: int, stop: int) -> list[str]:
+        """Paths of images start to stop - 1 below the folder."""
+        found = [path.relative_to(self.root).as_posix() for path in self.paths[start:stop]]
+        for name in found:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{self.root}: file name {name!r} is not UTF-8, in which a store keeps paths") from None
+        return found
+
+    def fingerprint(self) -> str:
+        """sha256 of paths and labels: a restart after adding or removing an image is noticed."""
+        pairs = zip(self.relative(0, len(self.paths)), self.labels.tolist(), strict=True)
+        return hashlib.sha256("".join(f"{path}\t{label}\n" for path, label in pairs).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides over a store's bytes, besides the images, the VAE and the kind of device."""
+
+    size: int
+    flips: bool
+    precision: Literal["fp32", "bf16"]
+    batch_size: int
+    shard_rows: int
+    dtype: Literal["float16", "float32"]
+
+
+class Encoder:
+    """Images as rows of moments, for `writer.build`."""
+
+    def __init__(self, images: ImageFolder, vae: Any, recipe: Recipe, device: "torch.device", settings: Path) -> None:
+        import torch
+
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if recipe.size % factor:
+            raise UserError(f"--size is {recipe.size}, expected a multiple of {factor}, by which the VAE downsamples")
+        scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
+        self.header = Header(
+            kind="moments",
+            shape=(int(vae.config.latent_channels), recipe.size // factor, recipe.size // factor),
+            dtype=recipe.dtype,
+            num_classes=len(images.names),
+            class_names=images.names,
+            scale=0.18215 if scale is None else float(scale),
+            shift=0.0 if shift is None else float(shift),
+            flips=recipe.flips,
+        )
+        self.rows = len(images.paths)
+        self._images, self._recipe, self._device = images, recipe, device
+        self._settings_path = settings
+        self._settings = {
+            **asdict(recipe), "images": images.fingerprint(), "vae": fingerprint(vae), "device": device.type
+        }  # fmt: skip
+        self._dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self._vae = vae.to(device=device, dtype=self._dtype).eval().requires_grad_(False)
+        if device.type == "cuda":
+            self._vae.to(memory_format=torch.channels_last)
+
+    def read(self, start: int, stop: int) -> Block:
+        """Images [start, stop) of the sorted list, encoded in batches counted from `start`."""
+        import torch
+
+        remember(self._settings_path, self._settings)  # here, once `build` has taken the folder
+        x = np.empty((stop - start, *self.header.row_shape), self.header.dtype)
+        flip = np.empty_like(x) if self.header.flips else None
+        at = 0
+        # TF32 would make "fp32" a lie; a benchmarked or non-deterministic kernel would make bytes differ between runs.
+        exact = torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+        )
+        with torch.inference_mode(), exact:
+            for pixels in self._batches(start, stop):
+                batch = torch.from_numpy(pixels).to(self._device)
+                rows = slice(at, at + len(batch))
+                x[rows] = self._moments(batch)
+                if flip is not None:
+                    flip[rows] = self._moments(batch.flip(-1))
+                at += len(batch)
+        return Block(x, self._images.labels[start:stop], flip=flip, paths=self._images.relative(start, stop))
+
+    def _moments(self, pixels: "torch.Tensor") -> np.ndarray:
+        """Mean and std `(B, 2C, H, W)` of the posterior of uint8 `pixels` `(B, 3, size, size)`."""
+        import torch
+
+        batch = (pixels.float() / 127.5 - 1).to(self._dtype)
+        if self._device.type == "cuda":
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        posterior = self._vae.encode(batch).latent_dist
+        std = torch.exp(0.5 * posterior.logvar.float())  # not posterior.std: under bf16 that is rounded once more
+        # Overflow of float16 becomes infinite here and is counted as non-finite by the writer.
+        return torch.cat([posterior.mean.float(), std], dim=1).to(getattr(torch, self.header.dtype)).cpu().numpy()
+
+    def _batches(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """uint8 `(B, 3, size, size)`, the next batch being decoded by threads while this one is encoded."""
+        size = self._recipe.batch_size
+        cuts = [self._images.paths[i : min(i + size, stop)] for i in range(start, stop, size)]
+        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="lsep-decode")
+        try:
+            ahead = [pool.submit(self._pixels, path) for path in cuts[0]]
+            for following in [*cuts[1:], []]:
+                now, ahead = ahead, [pool.submit(self._pixels, path) for path in following]
+                yield np.stack([future.result() for future in now])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        return center_crop(load_image(path), self._recipe.size)
+
+
+def ranks() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, 0) without it."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdigit()):
+            raise UserError(f"{name} is {text!r} in the environment, expected a number as torchrun sets it")
+        values.append(int(text))
+    rank, world, local = values
+    if not rank < world:
+        raise UserError(f"RANK is {rank} in the environment, expected from 0 to WORLD_SIZE - 1, which is {world - 1}")
+    return rank, world, local
+
+
+def pick_device(wanted: str, local: int) -> "torch.device":
+    """The device behind `--device`: `auto` and `cuda` mean the GPU of this process's LOCAL_RANK."""
+    import torch
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"--device is {wanted!r}, expected 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda":
+        index = local if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device {wanted}: GPU {index} was asked for, {torch.cuda.device_count()} found")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def load_vae(vae: str) -> Any:
+    """The `AutoencoderKL` at a folder or hub id; that of a whole pipeline is found in its subfolder `vae`."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise UserError(f"--vae needs diffusers, which cannot be imported ({error}): {INSTALL}") from None
+    where = Path(vae).expanduser()
+    local = where.exists()
+    if not local and (where.is_absolute() or vae.startswith((".", "~"))):
+        raise UserError(f"--vae {vae}: no such folder, expected one with an AutoencoderKL's config.json, or a hub id")
+    place = str(where) if local else vae
+    subfolder = "vae" if local and (where / "vae" / "config.json").is_file() else None
+    try:
+        # accelerate is not needed: low_cpu_mem_usage only saves a second copy of 0.3 GB
+        model, report = AutoencoderKL.from_pretrained(
+            place, subfolder=subfolder, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # any kind: what diffusers, safetensors and the hub's client raise has no common base
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--vae {vae}: cannot be loaded, expected a folder or hub id of an AutoencoderKL that this diffusers reads "
+            f"(newest: {INSTALL} -U); found {type(error).__name__}: {reason}"
+        ) from None
+    missing = [*report["missing_keys"], *report["mismatched_keys"]]
+    if missing:  # diffusers only warns and leaves random numbers there
+        raise UserError(f"--vae {vae}: {len(missing)} weights are missing or of another shape, such as {missing[0]!r}")
+    if model.config.get("latents_mean") is not None or model.config.get("latents_std") is not None:
+        raise UserError(
+            f"--vae {vae}: its config.json scales each channel by latents_mean and latents_std, "
+            "expected one scaling_factor and shift_factor"
+        )
+    return model
+
+
+def fingerprint(vae: Any) -> str:
+    """sha256 of the VAE's weights and configuration, which says more than the path it was loaded from."""
+    config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def remember(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of this encoding to `path`, or compare them with those of the run that began it."""
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            differing = [k for k in settings if found.get(k) != settings[k]]
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read as JSON settings ({error}), expected those of encode") from None
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{path}: this folder was begun with {key} {found.get(key)!r}, now it is {settings[key]!r}: "
+                "expected the same settings, or another OUT"
+            )
+        return
+    try:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # every rank may write: all write the same
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,295 @@
+"""The data sets users bring, as sources of blocks for `writer.build`: recognised from their layout, or named.
+
+    open_form(path, form=None) -> BlockSource       form is one of FORMS
+
+Nothing is guessed: what fits two forms, or none, is an error that asks for `--form`.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lsep.data.digits import Digits
+from lsep.data.forms_npy import NpyRows, Tree, count_classes, each, json_labels, npy_array
+from lsep.data.forms_shards import LightningDiT
+from lsep.data.images import SUFFIXES, center_crop, list_images, load_image
+from lsep.data.manifest import Ids
+from lsep.data.shards import header as read_header
+from lsep.data.writer import Block, BlockSource, Header
+from lsep.errors import UserError, nearest
+
+FORMS = ("repa", "edm2", "lightningdit", "fast-dit", "speedrundit", "imagefolder", "digits")
+
+_MEAN_STD, _LATENTS = r"img-mean-std-.*\.npy", r"img-latents-.*\.npy"
+_FOLDERS = {"repa": "vae-sd", "edm2": "vae-sd", "speedrundit": "vae-in"}
+# Published statistics of the raw SD latents that EDM2 normalises with, by channel, and the deviation it aims at.
+EDM2_MEAN = np.array([5.81, 3.25, 0.12, -2.15], np.float32)
+EDM2_STD = np.array([4.17, 4.62, 3.71, 3.28], np.float32)
+EDM2_TARGET = np.float32(0.5)
+_NEAR = 1.5  # a channel's mean belongs to a form when it is this near to the form's; the two regions are apart
+
+
+def recognise(path: str | Path) -> str:
+    """The form's name from the layout; raises UserError when nothing or more than one form fits."""
+    if str(path) == "digits" and not Path(path).exists():
+        return "digits"
+    folder = Path(path)
+    tree = Tree(folder)
+    if folder.is_dir():
+        shards = sorted(folder.glob("*.safetensors"))
+        if shards and "latents" in read_header(shards[0]):
+            return "lightningdit"
+        if _feature_folders(folder):
+            return "fast-dit"
+    for base in ("vae-sd", "vae-in", ""):
+        if tree.has_folder(base) if base else tree.has("dataset.json"):
+            if names := tree.list(base, _MEAN_STD):
+                return _repa_or_edm2(tree, names)
+            if tree.list(base, _LATENTS):
+                return "speedrundit"
+    if folder.is_dir() and not tree.has("dataset.json") and not tree.has("images/dataset.json"):
+        if any(_has_image(e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")):
+            return "imagefolder"
+        if tree.has("manifest.json"):
+            raise UserError(f"{folder}: has a manifest.json, so it is a store already, expected data to pack")
+    raise UserError(f"{folder}: the layout is of no known form, expected --form with one of {', '.join(FORMS)}")
+
+
+def open_form(
+    path: str | Path,
+    form: str | None = None,
+    size: int | None = None,
+    scale: float | None = None,
+    num_classes: int | None = None,
+) -> BlockSource:
+    """The data at `path` as a source of blocks; `form` None recognises it.
+
+    `size`: side in pixels of `imagefolder`'s squares. `scale`: instead of the form's own (of `lightningdit` with its
+    statistics: the multiplier after them). `num_classes`: instead of the largest label + 1.
+    """
+    if form is None:
+        form = recognise(path)
+    if form not in FORMS:
+        raise UserError(f"--form {form!r} is not known{nearest(form, FORMS)}")
+    if size is not None and (form != "imagefolder" or size < 1):
+        raise UserError(f"--size {size} with form {form!r}, expected at least 1, and only with 'imagefolder'")
+    if scale is not None and (form in ("edm2", "imagefolder", "digits") or not 0 < scale < float("inf")):
+        raise UserError(f"--scale {scale} with form {form!r}, expected a positive number where a form leaves it open")
+    if num_classes is not None and num_classes < 1:
+        raise UserError(f"--num-classes {num_classes}, expected at least 1")
+    if form == "imagefolder":
+        return ImageFolder(Path(path), size, num_classes)
+    if form == "digits":
+        return DigitRows(num_classes)
+    return _OPEN[form](Path(path), scale, num_classes)
+
+
+def _open_moments(path: Path, scale: float, num_classes: int | None, form: str) -> NpyRows:
+    tree, base, names, labels = _named(path, form, _MEAN_STD)
+    if base and tree.has_folder("images"):
+        _check_images(tree, names, labels)
+    means = channel_means(tree, names)
+    if means[4:].mean() < -1:
+        raise UserError(
+            f"{tree.where(names[0])}: channels 4 to 7 average {means[4:].mean():.2f}, expected standard deviations "
+            f"(these look like log-variances)"
+        )
+    classes = count_classes(labels, num_classes, lambda i: f"{tree.where(_join(base, 'dataset.json'))}: {names[i]}")
+    change = _normalise_edm2 if form == "edm2" else None
+    return NpyRows(tree, names, labels, "moments", 8, scale, classes, change)
+
+
+def open_repa(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
+    """REPA's moments: mean and std of an SD VAE, unscaled; the model sees 0.18215 times a sample."""
+    return _open_moments(path, 0.18215 if scale is None else scale, num_classes, "repa")
+
+
+def open_edm2(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
+    """EDM2's moments, folder or zip archive, **normalised by channel as they are read**: with EDM2's published raw
+    mean m and deviation s, mean' = (mean - m) / s * 0.5 and std' = std / s * 0.5; scale is 1 and shift 0. A store's
+    scale and shift are the same for all channels, so they cannot say this."""
+    return _open_moments(path, 1.0, num_classes, "edm2")
+
+
+def _normalise_edm2(x: np.ndarray) -> np.ndarray:
+    factor = (EDM2_TARGET / EDM2_STD)[:, None, None]
+    values = x.astype(np.float32)
+    values[:, :4] = (values[:, :4] - EDM2_MEAN[:, None, None]) * factor
+    values[:, 4:] *= factor
+    return values.astype(x.dtype)
+
+
+def open_speedrundit(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
+    """SpeedrunDiT's samples; the model sees 0.3099 times a sample."""
+    tree, base, names, labels = _named(path, "speedrundit", _LATENTS)
+    classes = count_classes(labels, num_classes, lambda i: f"{tree.where(_join(base, 'dataset.json'))}: {names[i]}")
+    return NpyRows(tree, names, labels, "samples", None, 0.3099 if scale is None else scale, classes)
+
+
+def open_fast_dit(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
+    """fast-DiT's samples, stored already times 0.18215 (so scale is 1); rows in the order of the names as strings."""
+    folders = _feature_folders(path)
+    if len(folders) != 1:
+        raise UserError(
+            f"{path}: {len(folders)} pairs of folders *_features and *_labels found, expected imagenet256_features "
+            f"and imagenet256_labels"
+        )
+    features, labels_folder = folders[0]
+    tree = Tree(path)
+    names, labelled = tree.list(features, r"[^.].*\.npy"), tree.list(labels_folder, r"[^.].*\.npy")
+    if not names:
+        raise UserError(f"{path / features}: no .npy files inside, expected one for each row")
+    odd = {n.removeprefix(features) for n in names} ^ {n.removeprefix(labels_folder) for n in labelled}
+    if odd:
+        raise UserError(
+            f"{path}: {len(names)} files in {features} and {len(labelled)} in {labels_folder}, expected the same names "
+            f"in both; {min(odd)[1:]!r} is in one only"
+        )
+    labels = np.empty(len(names), np.int64)
+
+    def fill(i: int) -> None:
+        where = tree.where(labelled[i])
+        label = npy_array(tree.read(labelled[i]), where)
+        if label.size != 1 or label.dtype.kind not in "iu":
+            raise UserError(f"{where}: {label.dtype} {label.shape} found, expected one label, int64 (1,)")
+        labels[i] = label.item()
+
+    each(fill, len(names))
+    classes = count_classes(labels, num_classes, lambda i: tree.where(labelled[i]))
+    return NpyRows(tree, names, labels, "samples", 4, 1.0 if scale is None else scale, classes)
+
+
+_OPEN: dict[str, Callable[[Path, float | None, int | None], BlockSource]] = {
+    "repa": open_repa,
+    "edm2": open_edm2,
+    "lightningdit": LightningDiT,
+    "fast-dit": open_fast_dit,
+    "speedrundit": open_speedrundit,
+}
+
+
+def _join(base: str, name: str) -> str:
+    return f"{base}/{name}" if base else name
+
+
+def _named(path: Path, form: str, pattern: str) -> tuple[Tree, str, list[str], Ids]:
+    """Tree, folder of the latents inside it, their names in sorted order, and their labels from dataset.json."""
+    tree = Tree(path)
+    base = _FOLDERS[form] if tree.has_folder(_FOLDERS[form]) else ""
+    names = tree.list(base, pattern)
+    if not names:
+        example = pattern.replace(".*", "00000000").replace("\\", "")
+        raise UserError(f"{tree.where(base) if base else path}: no latents inside, expected files as 00000/{example}")
+    return tree, base, names, json_labels(tree, _join(base, "dataset.json"), base, names)
+
+
+def _check_images(tree: Tree, names: list[str], labels: Ids) -> None:
+    """REPA pairs images and latents by sorted order: their counts, numbers and labels have to agree."""
+    images = tree.list("images", r"img[^.]*\.(png|jpg|jpeg|webp|npy)")
+    where = tree.where("images")
+    if len(images) != len(names):
+        raise UserError(f"{where}: {len(images)} images found, expected {len(names)}, one for each latent")
+    for image, name in zip(images, names, strict=True):
+        if _number(image) != _number(name):
+            raise UserError(f"{tree.where(image)}: found where {name!r} needs its image, expected the same number")
+    if tree.has("images/dataset.json"):
+        of_images = json_labels(tree, "images/dataset.json", "images", images)
+        wrong = np.flatnonzero(of_images != labels)
+        if len(wrong):
+            i = int(wrong[0])
+            raise UserError(
+                f"{tree.where('images/dataset.json')}: label {of_images[i]} for {images[i]!r}, expected {labels[i]} "
+                f"as for {names[i]!r}"
+            )
+
+
+def _number(name: str) -> str:
+    return "".join(c for c in name.rpartition("/")[2].partition(".")[0] if c.isdigit())
+
+
+def channel_means(tree: Tree, names: list[str], rows: int = 256) -> np.ndarray:
+    """Means by channel `(8,)` of up to `rows` finite rows, spread over the set, as its order is often by class."""
+    picked = np.linspace(0, len(names) - 1, min(rows, len(names))).astype(int)
+    means = np.full((len(picked), 8), np.nan)
+
+    def fill(i: int) -> None:
+        name = names[picked[i]]
+        x = npy_array(tree.read(name), tree.where(name))
+        if x.shape[-3:-2] != (8,) or x.ndim != 3 + (x.shape[0] == 1) or x.dtype.kind != "f":
+            expected = "float32 (8, H, W) or (1, 8, H, W)"
+            raise UserError(f"{tree.where(name)}: {x.dtype} {x.shape} found, expected {expected}")
+        means[i] = x.reshape(8, -1).mean(1, dtype=np.float64)
+
+    each(fill, len(picked))
+    finite = means[np.isfinite(means).all(1)]
+    return finite.mean(0) if len(finite) else means[0]
+
+
+def _repa_or_edm2(tree: Tree, names: list[str]) -> str:
+    """REPA's and EDM2's latents have the same layout; the means of their channels are apart."""
+    means = channel_means(tree, names)[:4]
+    if np.abs(means - EDM2_MEAN).max() < _NEAR:
+        return "edm2"
+    if np.abs(means).max() < _NEAR:
+        return "repa"
+    raise UserError(
+        f"{tree.path}: channel means {np.round(means, 2).tolist()} found, expected near {EDM2_MEAN.tolist()} (EDM2) or "
+        f"within {_NEAR} of 0 (REPA): say --form edm2 or --form repa"
+    )
+
+
+def _feature_folders(path: Path) -> list[tuple[str, str]]:
+    """Names of fast-DiT's pairs of folders."""
+    try:
+        found = {e.name for e in os.scandir(path) if e.is_dir()}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened as a folder ({error.strerror})") from None
+    pairs = [(n, n.removesuffix("_features") + "_labels") for n in sorted(found) if n.endswith("_features")]
+    return [pair for pair in pairs if pair[1] in found]
+
+
+def _has_image(folder: str) -> bool:
+    return any(e.name.lower().endswith(SUFFIXES) for e in os.scandir(folder))
+
+
+class ImageFolder:
+    """Images of `folder/<class>/` as uint8 pixels (3, size, size) after ADM's centre crop."""
+
+    def __init__(self, folder: Path, size: int | None, num_classes: int | None) -> None:
+        if size is None:
+            raise UserError(f"{folder}: a folder of images needs --size, expected the side of the squares in pixels")
+        self._size = size
+        self._paths, self._labels, names = list_images(folder)
+        self._relative = [p.relative_to(folder).as_posix() for p in self._paths]
+        classes = count_classes(self._labels, num_classes, lambda i: str(self._paths[i]))
+        self.rows = len(self._paths)
+        self.header = Header("pixels", (3, size, size), "uint8", classes, class_names=names)
+
+    def read(self, start: int, stop: int) -> Block:
+        """Rows start to stop - 1."""
+        x = np.empty((stop - start, *self.header.shape), np.uint8)
+
+        def fill(i: int) -> None:
+            x[i] = center_crop(load_image(self._paths[start + i]), self._size)
+
+        each(fill, len(x))
+        return Block(x, self._labels[start:stop], paths=self._relative[start:stop])
+
+
+class DigitRows:
+    """scikit-learn's digits, the quickstart's data, as a source of blocks."""
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        self._digits = Digits()
+        m = self._digits.manifest
+        self.rows = m.rows
+        if num_classes not in (None, m.num_classes):
+            raise UserError(f"--num-classes {num_classes} with form 'digits', expected {m.num_classes}")
+        self.header = Header(m.kind, m.shape, "uint8", m.num_classes, class_names=m.class_names)
+
+    def read(self, start: int, stop: int) -> Block:
+        """Rows start to stop - 1."""
+        rows = self._digits.read(np.arange(start, stop))
+        return Block(rows.x, rows.y)

@@ -1,0 +1,69 @@
+"""Image folders: which files belong to which class, and the square cut that a VAE or a pixel model sees.
+
+The cut is ADM's: halve with a box filter while the shorter side stays at least twice the target, go to the target by
+a bicubic filter, keep the centre. `load_image` and `center_crop` serve the pixel form and the encoder alike.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lsep.data.manifest import Ids
+from lsep.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def list_images(folder: Path) -> tuple[list[Path], Ids, tuple[str, ...]]:
+    """Paths, labels `(N,)` and class names of `folder/<class>/<image>`, all in sorted order.
+
+    The label is the class folder's place among the sorted names. A class folder without images right inside is
+    refused: it is either an empty class or a folder one level too high, whose labels would be wrong.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder, expected one folder for each class with images inside")
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder}: no folders inside, expected one for each class with images inside")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = [
+            e.name
+            for e in os.scandir(folder / name)
+            if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")
+        ]
+        if not found:
+            raise UserError(f"{folder / name}: no images right inside, expected at least one ({', '.join(SUFFIXES)})")
+        paths += [folder / name / file for file in sorted(found)]
+        labels += [label] * len(found)
+    return paths, np.array(labels, np.int64), tuple(classes)
+
+
+def load_image(path: Path) -> "Image":
+    """The image in RGB, as stored (an orientation tag is not applied, as in the published data sets)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
+        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None
+
+
+def center_crop(image: "Image", size: int) -> np.ndarray:
+    """The central square of an RGB image as uint8 `(3, size, size)`; smaller images are enlarged."""
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    ratio = size / min(image.size)
+    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    cut = np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+    return np.ascontiguousarray(cut.transpose(2, 0, 1))

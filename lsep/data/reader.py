@@ -1,0 +1,130 @@
+"""The engine under the loaders: threads that read the rows of coming micro-batches into a ring of buffers.
+
+A damaged row ends the run with its file, row and id, or (`skip`) is replaced by the next in the epoch's order and
+counted.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from lsep.data import order
+from lsep.data.manifest import CorruptRow, Flips, Ids, Source
+from lsep.errors import UserError
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One micro-batch in host memory; x is a buffer of the ring."""
+
+    x: np.ndarray
+    y: Ids
+    probe_y: Ids
+    id: Ids
+    skipped: int
+    """Damaged rows that others took the place of."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The micro-batches of steps `first` to `last - 1`, in order."""
+
+    source: Source
+    seed: int
+    batch_size: int
+    accumulate: int
+    first: int
+    last: int
+    skip: bool = False
+    """Replace damaged rows instead of raising."""
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.accumulate
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.batch_size // self.accumulate
+
+    def ids(self, i: int) -> tuple[Ids, int]:
+        """Ids of micro-batch `i`, and its epoch."""
+        step, shard = divmod(i, self.accumulate)
+        rows, step = self.source.manifest.rows, step + self.first
+        epoch = step // order.steps_per_epoch(rows, self.batch_size)
+        return order.batch_ids(step, rows, self.batch_size, self.seed, shard, self.accumulate), epoch
+
+    def flips(self, ids: Ids, epoch: int) -> Flips | None:
+        """Which ids are mirrored in this epoch, or None where the set has no mirror images."""
+        manifest = self.source.manifest
+        return order.mirrored(manifest.rows, self.seed, epoch)[ids] if manifest.flips else None
+
+    def read(self, i: int, out: np.ndarray) -> HostBatch:
+        """Micro-batch `i` into `out` `(rows, *row_shape)`."""
+        ids, epoch = self.ids(i)
+        skipped = 0
+        try:
+            rows = self.source.read(ids, self.flips(ids, epoch), out)
+        except CorruptRow:
+            if not self.skip:
+                raise
+            skipped = self.replace(ids, epoch, self._readable)
+            rows = self.source.read(ids, self.flips(ids, epoch), out)
+        return HostBatch(rows.x, rows.y, rows.probe_y, ids, skipped)
+
+    def _readable(self, sample: int, epoch: int) -> bool:
+        one = np.array([sample])
+        try:
+            self.source.read(one, self.flips(one, epoch))
+        except CorruptRow:
+            return False
+        return True
+
+    def replace(self, ids: Ids, epoch: int, readable: Callable[[int, int], bool]) -> int:
+        """Where `readable(sample, epoch)` is False put the next in the epoch's order; returns how many were replaced."""
+        total, skipped = self.source.manifest.rows, 0
+        for place in range(len(ids)):
+            tried = 0
+            while not readable(int(ids[place]), epoch):
+                tried += 1
+                if tried == total:
+                    raise UserError(f"{self.source.manifest.source}: all {total} rows are damaged")
+                ids[place] = order.next_in_order(int(ids[place]), total, self.seed, epoch)
+            skipped += tried > 0
+        return skipped
+
+
+def ring(
+    sequence: Sequence,
+    threads: int,
+    depth: int,
+    allocate: Callable[[], np.ndarray],
+    wait: Callable[[int], None] = lambda slot: None,
+    held: int = 1,
+) -> Iterator[tuple[int, HostBatch]]:
+    """The micro-batches in order with their ring slot, read up to `depth` ahead by `threads` threads.
+
+    `allocate` makes a buffer `(rows, *row_shape)`; `wait(slot)` returns once a slot's last batch has left its buffer.
+    The `held` newest batches are valid until the next one is asked for.
+    """
+    slots = min(depth, len(sequence)) + held
+    buffers = [allocate() for _ in range(slots)]
+
+    def fill(i: int) -> HostBatch:
+        wait(i % slots)
+        return sequence.read(i, buffers[i % slots])
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="lsep-reader")
+    try:
+        start = range(min(slots - held, len(sequence)))
+        ahead: deque[Future[HostBatch]] = deque(pool.submit(fill, i) for i in start)
+        for i in range(len(sequence)):
+            # The caller has asked for batch i, so the slot of batch i - held is free.
+            if i + slots - held < len(sequence):
+                ahead.append(pool.submit(fill, i + slots - held))
+            yield i % slots, ahead.popleft().result()
+    finally:
+        # Not joined: a slow read must not hold up an error's message.
+        pool.shutdown(wait=False, cancel_futures=True)

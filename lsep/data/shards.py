@@ -1,0 +1,214 @@
+"""One shard of a store: what the manifest says of it, what its file's header says, and rows by `pread`.
+
+A shard is a file of fixed-size rows (`packed`), or a list of files with one row each (`files`), beside columns (labels,
+checksums) in a safetensors file. Rows are never memory-mapped: a file truncated under a running training becomes an
+error that names file and row, where a map would kill the process.
+"""
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from lsep.data.manifest import CorruptRow, Ids, Manifest
+from lsep.errors import UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64"),
+    "U32": np.dtype("uint32"),
+}  # fmt: skip
+_HEADER_LIMIT = 16 << 20
+_LAYOUTS = ("packed", "files")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shard as the manifest lists it; all paths are relative to the manifest's folder."""
+
+    file: str
+    """packed: the file of the rows; files: a text file that lists one file a line."""
+    rows: int
+    layout: str
+    offset: int
+    """Byte offset of row 0 in the file (packed), or of the row in every file (files)."""
+    flip_offset: int | None
+    """Byte offset of the mirrored row 0 (packed), or None."""
+    bytes: int
+    """Size of the file (packed), or of every listed file (files)."""
+    sha256: str
+    """Of `file`."""
+    columns: str
+    """safetensors file with labels int64, crc32 uint32 (of each row's bytes), [probe_labels], [crc32_flip]."""
+    non_finite: int
+    """Rows that hold a value that is not finite."""
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> "Entry":
+        """From the manifest's JSON; `where` names the place in errors."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise UserError(f"{where}: a shard is {str(value)[:80]!r}, expected an object with {', '.join(names)}")
+        for name in ("file", "layout", "sha256", "columns"):
+            if not isinstance(value[name], str) or not value[name] or "\0" in value[name]:
+                raise UserError(f"{where}: a shard's {name} is {str(value[name])[:80]!r}, expected text")
+        for name in ("rows", "offset", "flip_offset", "bytes", "non_finite"):
+            number = value[name]
+            if number is None and name == "flip_offset":
+                continue
+            if type(number) is not int or not (name == "rows") <= number < 2**62:
+                raise UserError(f"{where}: {name} of shard {value['file']!r} is {str(number)[:80]}, expected a count")
+        if value["layout"] not in _LAYOUTS:
+            raise UserError(f"{where}: layout of shard {value['file']!r} is {value['layout']!r}, expected {_LAYOUTS}")
+        return cls(**value)
+
+
+class Column(NamedTuple):
+    """A tensor of a safetensors file: its type, shape, and first and last byte in the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def header(path: Path) -> dict[str, Column]:
+    """The tensors of a safetensors file; sizes are checked against the file before anything is read."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+                raise UserError(f"{path}: not a safetensors file, or truncated inside its header")
+            entries = json.loads(file.read(length))
+            found = {}
+            for name, entry in entries.items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+                    raise ValueError(f"{name} has a negative or fractional size")
+                count = 1
+                for n in shape:
+                    count *= n
+                if end - start != count * dtype.itemsize:
+                    raise ValueError(f"{name} spans {end - start} bytes, its shape needs {count * dtype.itemsize}")
+                found[name] = Column(dtype, shape, 8 + length + start, 8 + length + end)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a safetensors file of a store ({type(error).__name__}: {error})") from None
+    short = max((c.end for c in found.values()), default=0)
+    if short > size:
+        raise UserError(f"{path}: truncated, {size} bytes found and {short} expected")
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`; raises UserError when that is not below the folder (absolute, `..`, a link that leads out)."""
+    path = folder / name
+    try:
+        below = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        below = False
+    if not below:
+        raise UserError(f"{folder / 'manifest.json'}: path {name[:200]!r} leaves the store's folder")
+    return path
+
+
+class Shard:
+    """An open shard."""
+
+    def __init__(self, folder: Path, entry: Entry, manifest: Manifest) -> None:
+        self.entry = entry
+        self.fd: int | None = None
+        self.path = inside(folder, entry.file)
+        self.columns_path = inside(folder, entry.columns)
+        self._columns = header(self.columns_path)
+        self.labels = self.column("labels", manifest.num_classes)
+        self.probe_labels = None
+        if "probe_labels" in self._columns:
+            self.probe_labels = self.column("probe_labels", manifest.probe_classes)
+        self.crc = self._read("crc32", np.dtype("uint32"))
+        self.crc_flip = self._read("crc32_flip", np.dtype("uint32")) if entry.flip_offset is not None else None
+        if entry.layout == "packed":
+            self._open_packed(manifest)
+        else:
+            self._open_files(folder)
+
+    def _open_packed(self, manifest: Manifest) -> None:
+        entry = self.entry
+        try:
+            self._file = self.path.open("rb")  # closed with the shard
+        except OSError as error:
+            raise UserError(f"{self.path}: a shard of the manifest cannot be opened ({error.strerror})") from None
+        self.fd = self._file.fileno()
+        size = os.fstat(self.fd).st_size
+        if size != entry.bytes:
+            raise UserError(f"{self.path}: truncated or changed, {size} bytes found and {entry.bytes} expected")
+        expected = (np.dtype(manifest.dtype), (entry.rows, *manifest.row_shape))
+        starts = {c.start: (c.dtype, c.shape) for c in header(self.path).values()}
+        for name, offset in (("offset", entry.offset), ("flip_offset", entry.flip_offset)):
+            if offset is None:
+                continue
+            if starts.get(offset) != expected:
+                found = f"{starts[offset][0]} {starts[offset][1]}" if offset in starts else "no tensor"
+                raise UserError(
+                    f"{self.path}: {found} at {name} {offset}, expected {expected[0]} {expected[1]} by the manifest"
+                )
+
+    def _open_files(self, folder: Path) -> None:
+        try:
+            names = self.path.read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: the list of files cannot be read ({error})") from None
+        if len(names) != self.entry.rows:
+            raise UserError(f"{self.path}: lists {len(names)} files, expected {self.entry.rows} by the manifest")
+        folders = {name.rpartition("/")[0] for name in names}
+        for parent in folders:  # resolving every file would cost more than reading it
+            inside(folder, parent or ".")
+        if any(name.rpartition("/")[2] in ("", ".", "..") for name in names):
+            raise UserError(f"{self.path}: lists a path without a file name")
+        self.files = [os.fsencode(folder / name) for name in names]
+
+    def column(self, name: str, classes: int) -> Ids:
+        """A label column `(rows,)`, checked against the number of classes."""
+        labels = self._read(name, np.dtype("int64"))
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            row = int(wrong[0])
+            raise UserError(
+                f"{self.columns_path}: {name} of row {row} is {int(labels[row])}, "
+                f"expected from 0 to {classes - 1} by the manifest"
+            )
+        return labels
+
+    def _read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        column, rows = self._columns.get(name), self.entry.rows
+        if column is None or column.dtype != dtype or column.shape != (rows,):
+            found = "nothing" if column is None else f"{column.dtype} {column.shape}"
+            raise UserError(f"{self.columns_path}: {name} is {found}, expected {dtype} ({rows},)")
+        with self.columns_path.open("rb") as file:
+            data = os.pread(file.fileno(), column.end - column.start, column.start)
+        if len(data) != column.end - column.start:
+            raise UserError(f"{self.columns_path}: truncated inside {name}")
+        return np.frombuffer(data, dtype)
+
+    def read_file(self, row: int, view: memoryview, sample: int) -> int:
+        """Put the row's own file's bytes into `view`; returns how many there were."""
+        try:
+            fd = os.open(self.files[row], os.O_RDONLY)
+        except OSError as error:
+            self.corrupt(row, sample, f"cannot be opened ({error.strerror})")
+        try:
+            return os.preadv(fd, (view,), self.entry.offset)
+        finally:
+            os.close(fd)
+
+    def corrupt(self, row: int, sample: int, what: str) -> NoReturn:
+        """Raise CorruptRow, naming the file, the row in it and the sample's id."""
+        path = os.fsdecode(self.files[row]) if self.entry.layout == "files" else self.path
+        raise CorruptRow(f"{path}: row {row} (sample {sample}) {what}", sample)

@@ -1,0 +1,234 @@
+"""Writing a store: whole shards under temporary names, flushed and renamed, and the manifest last.
+
+    build(source, out)      any source of blocks: a user's latents, images through a VAE
+    write_store(out, ...)   arrays in memory
+
+A build that was killed goes on after its last whole shard and ends with the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lsep.data.manifest import Ids, Kind
+from lsep.data.shards import header as read_header
+from lsep.data.store import FORMAT, VERSION
+from lsep.errors import UserError
+
+
+@dataclass(frozen=True)
+class Header:
+    """What all shards of a store share; the manifest without its shards."""
+
+    kind: Kind
+    shape: tuple[int, int, int]
+    """C, H, W of a latent or image; a row of moments is stored as (2C, H, W), mean then std."""
+    dtype: str
+    """float32, float16 or, for pixels, uint8."""
+    num_classes: int
+    probe_classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    scale: float = 1.0
+    """The model sees (latent - shift) * scale."""
+    shift: float = 0.0
+    flips: bool = False
+    """Blocks bring a mirrored variant of every row."""
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        c, h, w = self.shape
+        return (2 * c if self.kind == "moments" else c, h, w)
+
+
+class Block(NamedTuple):
+    """Consecutive rows: x and flip `(N, *row_shape)` of the header's type, labels `(N,)` int64, paths of the images."""
+
+    x: np.ndarray
+    y: Ids
+    probe_y: Ids | None = None
+    flip: np.ndarray | None = None
+    paths: list[str] | None = None
+
+
+class BlockSource(Protocol):
+    """Anything a store can be built from; `read` must give the same rows however the range is cut."""
+
+    header: Header
+    rows: int
+
+    def read(self, start: int, stop: int) -> Block:
+        """Rows start to stop - 1."""
+        ...
+
+
+def build(
+    source: BlockSource, out: Path, shard_rows: int = 8192, rank: int = 0, world: int = 1, progress: bool = True
+) -> None:
+    """Write `source` as a store into `out`; processes deal the shards among them, rank 0 writes the manifest."""
+    from tqdm import tqdm
+
+    if source.rows < 1:
+        raise UserError(f"{out}: the source has no rows, expected at least one")
+    files = [f"shard-{k:05d}.safetensors" for k in range(-(-source.rows // shard_rows))]
+    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows}, set(files), rank)
+    for k in tqdm(range(rank, len(files), world), disable=not progress, unit="shard"):
+        if not (out / files[k]).exists():
+            stop = min(source.rows, (k + 1) * shard_rows)
+            _write_shard(out / files[k], source.header, source.read(k * shard_rows, stop))
+    if rank == 0:
+        while not all((out / f).exists() for f in files):
+            time.sleep(0.1)
+        write_manifest(out, source.header, [entry_of(out, f, source.header) for f in files])
+        (out / _PLAN).unlink()
+
+
+_PLAN = "build.json"  # what an unfinished build writes, so that nothing else is continued with it
+
+
+def _claim(out: Path, plan: dict[str, Any], files: set[str], rank: int) -> None:
+    if (out / "manifest.json").exists():
+        raise UserError(f"{out}: holds a finished store already, expected an empty or a new folder")
+    text = json.dumps(plan, indent=2) + "\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / _PLAN).exists():
+            if (out / _PLAN).read_text() != text:
+                raise UserError(f"{out}: holds an unfinished build of something else, expected another folder")
+        elif rank == 0:
+            if any(out.iterdir()):
+                raise UserError(f"{out}: not empty and no unfinished build, expected an empty or a new folder")
+            _replace(out / _PLAN, text.encode())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    while rank and not (out / _PLAN).exists():
+        time.sleep(0.1)
+
+
+def _write_shard(path: Path, header: Header, block: Block) -> None:
+    from safetensors.numpy import save
+
+    rows = len(block.x)
+    variants = {header.kind: block.x} | ({f"{header.kind}_flip": block.flip} if block.flip is not None else {})
+    if (block.flip is not None) != header.flips:
+        raise ValueError("a block brings flips exactly when its header says so")
+    tensors: dict[str, np.ndarray] = {}
+    for name, x in variants.items():
+        if x.shape != (rows, *header.row_shape) or x.dtype != np.dtype(header.dtype):
+            raise ValueError(f"{name} is {x.dtype} {x.shape}, the header says {header.dtype} {header.row_shape}")
+        x = np.ascontiguousarray(x)
+        tensors[name] = x
+        crc = "crc32_flip" if name.endswith("_flip") else "crc32"
+        tensors[crc] = np.array([zlib.crc32(row.data) for row in x], np.uint32)
+    labels = {"labels": (block.y, header.num_classes)}
+    if block.probe_y is not None:
+        labels["probe_labels"] = (block.probe_y, header.probe_classes or header.num_classes)
+    for name, (y, classes) in labels.items():
+        wrong = np.flatnonzero((y < 0) | (y >= classes))
+        if len(wrong):
+            row = int(wrong[0])
+            raise UserError(f"{path}: {name} of row {row} is {int(y[row])}, expected from 0 to {classes - 1}")
+        tensors[name] = y.astype(np.int64)
+    if block.paths is not None:
+        encoded = [p.encode() for p in block.paths]
+        tensors["paths"] = np.frombuffer(b"".join(encoded), np.uint8)
+        tensors["path_ends"] = np.cumsum([len(p) for p in encoded]).astype(np.int64)
+    try:
+        _replace(path, save(tensors))
+    except OSError as error:
+        raise UserError(
+            f"{path}: the shard could not be written ({error.strerror}); the shards before it are whole, "
+            f"the same command goes on from there"
+        ) from None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, rename it; nothing is left behind on an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def entry_of(folder: Path, file: str, header: Header) -> dict[str, Any]:
+    """The manifest's entry of a whole shard, from the file itself."""
+    path = folder / file
+    columns = read_header(path)
+    x, flip = columns[header.kind], columns.get(f"{header.kind}_flip")
+    data = path.read_bytes()
+    bad = np.zeros(x.shape[0], bool)
+    if x.dtype != np.uint8:
+        for column in (x, flip):
+            if column is not None:
+                values = np.frombuffer(data[column.start : column.end], column.dtype)
+                bad |= ~np.isfinite(values).reshape(x.shape[0], -1).all(1)
+    return {
+        "file": file, "rows": x.shape[0], "layout": "packed", "offset": x.start,
+        "flip_offset": None if flip is None else flip.start, "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(), "columns": file, "non_finite": int(bad.sum()),
+    }  # fmt: skip
+
+
+def write_manifest(folder: Path, header: Header, entries: list[dict[str, Any]]) -> None:
+    """Write manifest.json, in one step."""
+    fields = asdict(header)
+    del fields["flips"]  # the shards' flip_offset says it
+    manifest = {"format": FORMAT, "version": VERSION, **fields, "shards": entries}
+    try:
+        _replace(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{folder / 'manifest.json'}: could not be written ({error.strerror})") from None
+
+
+@dataclass
+class _Arrays:
+    header: Header
+    rows: int
+    block: Block
+
+    def read(self, start: int, stop: int) -> Block:
+        x, y, probe_y, flip, paths = self.block
+        cut = slice(start, stop)
+        return Block(
+            x[cut],
+            y[cut],
+            None if probe_y is None else probe_y[cut],
+            None if flip is None else flip[cut],
+            None if paths is None else paths[cut],
+        )
+
+
+def write_store(
+    path: str | Path,
+    *,
+    kind: Kind,
+    x: np.ndarray,
+    y: np.ndarray,
+    num_classes: int,
+    probe_y: np.ndarray | None = None,
+    probe_classes: int | None = None,
+    flip: np.ndarray | None = None,
+    class_names: tuple[str, ...] = (),
+    scale: float = 1.0,
+    shift: float = 0.0,
+    shard_rows: int = 8192,
+) -> None:
+    """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store."""
+    channels = x.shape[1] // 2 if kind == "moments" else x.shape[1]
+    header = Header(
+        kind, (channels, x.shape[2], x.shape[3]), x.dtype.name, num_classes, probe_classes, class_names, scale, shift,
+        flip is not None,
+    )  # fmt: skip
+    build(_Arrays(header, len(x), Block(x, y, probe_y, flip)), Path(path), shard_rows, progress=False)
