@@ -1,11 +1,15 @@
 """The store: what was written comes back; what is damaged is named."""
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lsep.data.store import Store
 from lsep.data.writer import write_store
@@ -54,64 +58,98 @@ def shard(store: Path, i: int = 0) -> Path:
     return store / f"shard-{i:05d}.safetensors"
 
 
-def damage(store: Path, how: str) -> None:
-    if how == "no manifest":
-        (store / "manifest.json").unlink()
-    elif how == "no JSON":
-        (store / "manifest.json").write_text("{")
-    elif how == "version":
-        edit(store, version=9)
-    elif how == "kind":
-        edit(store, kind="videos")
-    elif how == "no scale":
-        manifest = json.loads((store / "manifest.json").read_text())
-        del manifest["scale"]
-        (store / "manifest.json").write_text(json.dumps(manifest))
-    elif how == "shape":
-        edit(store, shape=[4, 8, 8])
-    elif how == "no shards":
-        edit(store, shards=[])
-    elif how == "escape":
-        edit(store, shards=[{"file": "../other.safetensors", "rows": 3}])
-    elif how == "missing shard":
-        shard(store, 1).unlink()
-    elif how == "truncated":
-        os.truncate(shard(store, 2), 3000)
-    elif how == "truncated header":
-        os.truncate(shard(store), 20)
-    elif how == "not safetensors":
-        shard(store).write_bytes(b"\x10" + b"\0" * 7 + b"this is no JSON!" + b"x" * 99)
-    elif how == "label":
-        edit(store, num_classes=2)
-    elif how == "rows":
-        edit(store, shards=[{"file": "shard-00000.safetensors", "rows": 17}])
+def shards(store: Path, **changes: object) -> None:
+    """Change fields of the first shard's entry."""
+    first, *rest = json.loads((store / "manifest.json").read_text())["shards"]
+    edit(store, shards=[{**first, **changes}, *rest])
+
+
+def without(store: Path, name: str) -> None:
+    file = store / "manifest.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != name}))
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no manifest", "no manifest.json there, expected a store or 'digits'"),
-        ("no JSON", "manifest.json: cannot be read as JSON"),
-        ("version", "manifest.json: version 9, expected 1"),
-        ("kind", "manifest.json: kind 'videos', expected 'moments'"),
-        ("no scale", "manifest.json: KeyError 'scale'"),
-        ("shape", "shard-00000.safetensors: moments has shape (16, 6, 8, 8), expected (16, 8, 8, 8)"),
-        ("no shards", "expected at least one shard"),
-        ("escape", "'../other.safetensors' leaves the store's folder"),
-        ("missing shard", "shard-00001.safetensors: the manifest names this shard, but it cannot be opened"),
-        ("truncated", "shard-00002.safetensors: truncated, 3000 bytes found"),
-        ("truncated header", "shard-00000.safetensors: not a safetensors file, or truncated"),
-        ("not safetensors", "shard-00000.safetensors: expected a safetensors file with a 'moments' tensor"),
-        ("label", "expected from 0 to 1 by the manifest"),
-        ("rows", "has shape (16, 6, 8, 8), expected (17, 6, 8, 8)"),
+        (lambda s: (s / "manifest.json").unlink(), "no manifest.json there, expected a store or 'digits'"),
+        (lambda s: (s / "manifest.json").write_text("{"), "manifest.json: cannot be read as JSON"),
+        (lambda s: (s / "manifest.json").write_text("[1]"), "not the manifest of a store, expected 'format'"),
+        (lambda s: edit(s, version=9), "manifest.json: version 9, expected 1"),
+        (lambda s: edit(s, kind="videos"), "kind is 'videos', expected moments or samples or pixels"),
+        (
+            lambda s: edit(s, dtype="uint8"),
+            "dtype is 'uint8', expected uint8 for pixels, float32 or float16 for latents",
+        ),
+        (lambda s: without(s, "scale"), "scale is 'None', expected a finite number"),
+        (lambda s: edit(s, num_classes=0), "num_classes is '0', expected a count"),
+        (lambda s: edit(s, shape=[4, 8]), "shape is '[4, 8]', expected three counts C, H, W"),
+        (lambda s: edit(s, shape=[3, 4, 8]), "shard-00000.safetensors: float32 (16, 6, 8, 8) at offset"),
+        (lambda s: edit(s, shape=[3, 4096, 4096]), "16 rows do not fit the"),
+        (lambda s: edit(s, dtype="float16"), "float32 (16, 6, 8, 8) at offset 520, expected float16 (16, 6, 8, 8)"),
+        (lambda s: edit(s, shards=[]), "'shards' is '[]', expected a list of at least one"),
+        (lambda s: edit(s, shards=[{"file": "x"}]), "a shard is \"{'file': 'x'}\", expected an object with file, rows"),
+        (lambda s: shards(s, file="../x.safetensors"), "path '../x.safetensors' leaves the store's folder"),
+        (lambda s: shards(s, columns="/etc/passwd"), "path '/etc/passwd' leaves the store's folder"),
+        (lambda s: shards(s, rows=17), "shard-00000.safetensors: labels is int64 (16,), expected int64 (17,)"),
+        (lambda s: shards(s, rows=-1), "rows of shard 'shard-00000.safetensors' is -1, expected a count"),
+        (lambda s: shards(s, offset=16), "shard-00000.safetensors: no tensor at offset 16"),
+        (lambda s: shards(s, bytes=10**9), "shard-00000.safetensors: truncated or changed,"),
+        (lambda s: shards(s, layout="tar"), "layout of shard 'shard-00000.safetensors' is 'tar'"),
+        (lambda s: shard(s, 1).unlink(), "shard-00001.safetensors: cannot be read (No such file"),
+        (lambda s: os.truncate(shard(s, 2), 3000), "shard-00002.safetensors: truncated, 3000 bytes found and"),
+        (lambda s: os.truncate(shard(s), 20), "shard-00000.safetensors: not a safetensors file, or truncated"),
+        (lambda s: shard(s).write_bytes(b"\x10" + bytes(7) + b"this is no JSON!" + bytes(99)), "JSONDecodeError"),
+        (lambda s: edit(s, num_classes=2), "expected from 0 to 1 by the manifest"),
     ],
 )
-def test_damage_is_named(store: Path, how: str, message: str) -> None:
-    damage(store, how)
+def test_damage_is_named(store: Path, how: Callable[[Path], object], message: str) -> None:
+    how(store)
     with pytest.raises(UserError) as caught:
         Store(store)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_link_that_leads_out_is_refused(store: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    shard(store).rename(outside)
+    shard(store).symlink_to(outside)
+    with pytest.raises(UserError, match="leaves the store's folder"):
+        Store(store)
+
+
+@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_manifest_ends_in_our_error_or_opens(store: Path, data: st.DataObject) -> None:
+    """Fields of a good manifest replaced by anything JSON can say."""
+    file = store / "manifest.json"
+    if not (store / "good").exists():
+        (store / "good").write_bytes(file.read_bytes())
+    value = json.loads((store / "good").read_text())
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=5,
+    )
+    target = data.draw(st.sampled_from([value, value["shards"][0], value["shards"][2]]))
+    target[data.draw(st.sampled_from(sorted(target)))] = data.draw(anything)
+    file.write_text(json.dumps(value))
+    with contextlib.suppress(UserError):
+        Store(store).read(np.arange(3))
+
+
+@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 700), byte=st.integers(0, 255), cut=st.none() | st.integers(0, 20_000))
+def test_any_shard_header_ends_in_our_error_or_opens(store: Path, place: int, byte: int, cut: int | None) -> None:
+    good = store / "good"
+    if not good.exists():
+        good.write_bytes(shard(store).read_bytes())
+    changed = bytearray(good.read_bytes())
+    changed[place] = byte
+    shard(store).write_bytes(changed if cut is None else changed[:cut])
+    with contextlib.suppress(UserError):
+        Store(store).read(np.arange(16))
 
 
 def test_truncation_under_an_open_store_names_row_and_sample(store: Path) -> None:

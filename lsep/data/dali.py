@@ -27,13 +27,14 @@ def batches(sequence: Sequence, threads: int, depth: int, device: torch.device) 
 
     def collect() -> np.ndarray:
         try:
-            _, host = next(feed)  # usually read already; DALI copies it before it asks again
+            _, host, refill = next(feed)  # usually read already; DALI copies it before it asks again
         except StopIteration:
             raise
         except BaseException as error:  # DALI would wrap it, and ours is the sentence a user should see
             failed.append(error)
             raise StopIteration from None
         arrived.append(host)
+        refill()
         return host.x
 
     pipe = Pipeline(

@@ -22,7 +22,7 @@ from lsep.data.forms_shards import STATS, LightningDiT, read_rows
 from lsep.data.manifest import Ids
 from lsep.data.shards import inside
 from lsep.data.store import FORMAT
-from lsep.data.writer import _replace, write_manifest
+from lsep.data.writer import replace_file, write_manifest
 from lsep.errors import UserError
 
 SIDECARS = "lsep-index"  # a folder of its own: LightningDiT takes every *.safetensors beside its shards for one of them
@@ -166,6 +166,6 @@ def _write_columns(path: Path, labels: Ids, crc: np.ndarray, crc_flip: np.ndarra
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        _replace(path, data)
+        replace_file(path, data)
     except OSError as error:
         raise UserError(f"{path}: could not be written ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""Looking at a store: every byte of it (`problems`), or counts, statistics and a few samples (`describe`, `picture`)."""
+"""Looking at a store: every byte (`problems`), or counts, statistics and a few samples (`describe`, `picture`)."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def _paths(shard: Shard) -> list[str]:
 
 
 def describe(path: str, rows: int = 2048) -> str:
-    """Counts of each class, and statistics of the model's input over up to `rows` rows beside what the scale implies."""
+    """Counts of each class, and statistics of the model's input over up to `rows` rows."""
     store = Store(path)
     m = store.manifest
     variants = ", with mirror images" if m.flips else ""

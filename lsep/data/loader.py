@@ -75,12 +75,14 @@ class Loader:
                 copied[slot].synchronize()
 
         threads, depth = self.config.threads, self.config.prefetch
-        for slot, host in ring(self.sequence, threads, depth, allocate, wait, self.sequence.accumulate):
+        for slot, host, refill in ring(self.sequence, threads, depth, allocate, wait, self.sequence.accumulate):
             x = buffers[slot].to(self.device, non_blocking=True)
             if cuda:
                 copied[slot] = torch.cuda.Event()
                 copied[slot].record()
-            yield self._labelled(x, host)
+            batch = self._labelled(x, host)
+            refill()
+            yield batch
 
     def _dali(self) -> Iterator[Batch]:
         from lsep.data.dali import batches
@@ -90,11 +92,11 @@ class Loader:
 
     def _labelled(self, x: Tensor, host: HostBatch) -> Batch:
         self.skipped += host.skipped
-        return Batch(x, *self._to_device(host.y, host.probe_y, host.id))
+        return Batch(x, *self._to_device(host.columns))
 
-    def _to_device(self, *columns: Ids) -> tuple[Tensor, ...]:
-        """Columns of one length on the device, in one copy that the host does not wait for."""
-        together = torch.from_numpy(np.stack(columns))
+    def _to_device(self, columns: Ids) -> tuple[Tensor, ...]:
+        """Rows of `columns` on the device, in one copy that the host does not wait for."""
+        together = torch.from_numpy(columns)
         if self.device.type == "cuda":
             together = together.pin_memory().to(self.device, non_blocking=True)
         return together.unbind(0)
@@ -112,7 +114,7 @@ class Loader:
             if bad.any():
                 self.skipped += self.sequence.replace(ids, epoch, readable)
             flips = self.sequence.flips(ids, epoch)
-            place, there = self._to_device(ids if flips is None else ids + flips * rows, ids)
+            place, there = self._to_device(np.stack([ids if flips is None else ids + flips * rows, ids]))
             yield Batch(x[place], y[there], probe_y[there], there)
 
 

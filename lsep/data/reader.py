@@ -21,9 +21,8 @@ class HostBatch:
     """One micro-batch in host memory; x is a buffer of the ring."""
 
     x: np.ndarray
-    y: Ids
-    probe_y: Ids
-    id: Ids
+    columns: Ids
+    """Labels, probe labels and sample ids `(3, rows)`."""
     skipped: int
     """Damaged rows that others took the place of."""
 
@@ -72,7 +71,7 @@ class Sequence:
                 raise
             skipped = self.replace(ids, epoch, self._readable)
             rows = self.source.read(ids, self.flips(ids, epoch), out)
-        return HostBatch(rows.x, rows.y, rows.probe_y, ids, skipped)
+        return HostBatch(rows.x, np.stack([rows.y, rows.probe_y, ids]), skipped)
 
     def _readable(self, sample: int, epoch: int) -> bool:
         one = np.array([sample])
@@ -83,7 +82,7 @@ class Sequence:
         return True
 
     def replace(self, ids: Ids, epoch: int, readable: Callable[[int, int], bool]) -> int:
-        """Where `readable(sample, epoch)` is False put the next in the epoch's order; returns how many were replaced."""
+        """Where `readable(sample, epoch)` is False put the next in order; returns how many were replaced."""
         total, skipped = self.source.manifest.rows, 0
         for place in range(len(ids)):
             tried = 0
@@ -103,11 +102,12 @@ def ring(
     allocate: Callable[[], np.ndarray],
     wait: Callable[[int], None] = lambda slot: None,
     held: int = 1,
-) -> Iterator[tuple[int, HostBatch]]:
+) -> Iterator[tuple[int, HostBatch, Callable[[], None]]]:
     """The micro-batches in order with their ring slot, read up to `depth` ahead by `threads` threads.
 
     `allocate` makes a buffer `(rows, *row_shape)`; `wait(slot)` returns once a slot's last batch has left its buffer.
-    The `held` newest batches are valid until the next one is asked for.
+    With each batch comes `refill`, to be called once, when the batch is on its way: it sends a thread to read into the
+    oldest slot. The `held` newest batches are valid until the next one is asked for.
     """
     slots = min(depth, len(sequence)) + held
     buffers = [allocate() for _ in range(slots)]
@@ -121,10 +121,14 @@ def ring(
         start = range(min(slots - held, len(sequence)))
         ahead: deque[Future[HostBatch]] = deque(pool.submit(fill, i) for i in start)
         for i in range(len(sequence)):
-            # The caller has asked for batch i, so the slot of batch i - held is free.
-            if i + slots - held < len(sequence):
-                ahead.append(pool.submit(fill, i + slots - held))
-            yield i % slots, ahead.popleft().result()
+
+            def refill(i: int = i + slots - held) -> None:
+                # The caller has asked for batch i, so the slot of batch i - held is free. Not done before it has the
+                # batch: a thread that reads takes the interpreter's lock again and again, which costs the caller 3 ms.
+                if i < len(sequence):
+                    ahead.append(pool.submit(fill, i))
+
+            yield i % slots, ahead.popleft().result(), refill
     finally:
         # Not joined: a slow read must not hold up an error's message.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -202,13 +202,13 @@ class Shard:
         try:
             fd = os.open(self.files[row], os.O_RDONLY)
         except OSError as error:
-            self.corrupt(row, sample, f"cannot be opened ({error.strerror})")
+            raise self.corrupt(row, sample, f"cannot be opened ({error.strerror})") from None
         try:
             return os.preadv(fd, (view,), self.entry.offset)
         finally:
             os.close(fd)
 
-    def corrupt(self, row: int, sample: int, what: str) -> NoReturn:
-        """Raise CorruptRow, naming the file, the row in it and the sample's id."""
+    def corrupt(self, row: int, sample: int, what: str) -> CorruptRow:
+        """The error that names the file, the row in it and the sample's id."""
         path = os.fsdecode(self.files[row]) if self.entry.layout == "files" else self.path
-        raise CorruptRow(f"{path}: row {row} (sample {sample}) {what}", sample)
+        return CorruptRow(f"{path}: row {row} (sample {sample}) {what}", sample)

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from lsep.data.manifest import KINDS, Flips, Ids, Manifest, Rows
+from lsep.data.manifest import KINDS, CorruptRow, Flips, Ids, Manifest, Rows
 from lsep.data.shards import Entry, Shard
 from lsep.errors import UserError
 
 FORMAT, VERSION = "lsep-store", 1
 _DTYPES = ("float32", "float16", "uint8")
 _JSON_LIMIT = 256 << 20
+_CHUNK = 32  # rows read and then checked while they are in the cache
 
 
 class Store:
@@ -47,7 +48,7 @@ class Store:
         self._offsets = np.array(offsets, np.int64).T
         columns = [(s.crc, s.crc if s.crc_flip is None else s.crc_flip) for s in self.shards]
         self._crc = np.stack([np.concatenate(c) for c in zip(*columns, strict=True)])
-        self._suspect = np.array([e.non_finite > 0 for e in self.entries])
+        self._some_non_finite = any(e.non_finite for e in self.entries)
 
     @property
     def labels(self) -> Ids:
@@ -64,33 +65,34 @@ class Store:
         rows = ids - self._starts[which]
         variant = np.zeros(len(ids), np.int64) if flips is None else flips.astype(np.int64)
         offsets = (self._offsets[variant, which] + rows * size * self._packed[which]).tolist()
-        for i, (shard, offset) in enumerate(zip(which.tolist(), offsets, strict=True)):
-            fd = self._fds[shard]
-            if fd is None:
-                got = self.shards[shard].read_file(int(rows[i]), views[i], int(ids[i]))
-            else:
-                got = os.preadv(fd, (views[i],), offset)
-            if got != size:
-                self._corrupt(i, which, rows, ids, f"is truncated, {got} of {size} bytes found")
-        if self.check_rows:
-            for i, expected in enumerate(self._crc[variant, ids].tolist()):
-                found = zlib.crc32(views[i])
-                if found != expected:
-                    self._corrupt(
-                        i, which, rows, ids, f"is damaged, crc32 {found:08x} found and {expected:08x} expected"
-                    )
-        # A row whose crc32 is right holds what was counted when it was written: only other rows need the test.
-        if (not self.check_rows or self._suspect[which].any()) and not all_finite(x):
-            i = int(np.flatnonzero([not all_finite(row) for row in x])[0])
-            self._corrupt(i, which, rows, ids, "holds a value that is not finite")
-        return Rows(x, self._y[ids], self._probe_y[ids])
+        shards, crc = which.tolist(), self._crc[variant, ids].tolist()
 
-    def _corrupt(self, i: int, which: Ids, rows: Ids, ids: Ids, what: str) -> None:
-        self.shards[which[i]].corrupt(int(rows[i]), int(ids[i]), what)
+        def corrupt(i: int, what: str) -> CorruptRow:
+            return self.shards[shards[i]].corrupt(int(rows[i]), int(ids[i]), what)
+
+        for start in range(0, len(views), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(views)))
+            for i in chunk:
+                fd = self._fds[shards[i]]
+                if fd is None:
+                    got = self.shards[shards[i]].read_file(int(rows[i]), views[i], int(ids[i]))
+                else:
+                    got = os.preadv(fd, (views[i],), offsets[i])
+                if got != size:
+                    raise corrupt(i, f"is truncated, {got} of {size} bytes found")
+            if self.check_rows:
+                for i in chunk:
+                    found = zlib.crc32(views[i])
+                    if found != crc[i]:
+                        raise corrupt(i, f"is damaged, crc32 {found:08x} found and {crc[i]:08x} expected")
+            # A row whose crc32 is right holds what was counted when it was written: only others need the test.
+            if (not self.check_rows or self._some_non_finite) and not all_finite(x[start : chunk.stop]):
+                raise corrupt(next(i for i in chunk if not all_finite(x[i])), "holds a value that is not finite")
+        return Rows(x, self._y[ids], self._probe_y[ids])
 
 
 def all_finite(x: np.ndarray) -> bool:
-    """Whether every value is finite, in two passes over the bits without a temporary: exponents of all ones sort last."""
+    """Whether every value is finite, from the largest bit patterns: an exponent of all ones sorts last."""
     if x.dtype == np.uint8 or not x.size:
         return True
     signed, unsigned, top = (

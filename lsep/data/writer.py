@@ -77,7 +77,11 @@ def build(
     if source.rows < 1:
         raise UserError(f"{out}: the source has no rows, expected at least one")
     files = [f"shard-{k:05d}.safetensors" for k in range(-(-source.rows // shard_rows))]
-    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows}, set(files), rank)
+    if (out / "manifest.json").exists():
+        if rank:  # the shards were whole, and rank 0 was faster
+            return
+        raise UserError(f"{out}: holds a finished store already, expected an empty or a new folder")
+    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows}, rank)
     for k in tqdm(range(rank, len(files), world), disable=not progress, unit="shard"):
         if not (out / files[k]).exists():
             stop = min(source.rows, (k + 1) * shard_rows)
@@ -92,9 +96,7 @@ def build(
 _PLAN = "build.json"  # what an unfinished build writes, so that nothing else is continued with it
 
 
-def _claim(out: Path, plan: dict[str, Any], files: set[str], rank: int) -> None:
-    if (out / "manifest.json").exists():
-        raise UserError(f"{out}: holds a finished store already, expected an empty or a new folder")
+def _claim(out: Path, plan: dict[str, Any], rank: int) -> None:
     text = json.dumps(plan, indent=2) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -102,9 +104,9 @@ def _claim(out: Path, plan: dict[str, Any], files: set[str], rank: int) -> None:
             if (out / _PLAN).read_text() != text:
                 raise UserError(f"{out}: holds an unfinished build of something else, expected another folder")
         elif rank == 0:
-            if any(out.iterdir()):
+            if any(not p.name.endswith(".tmp") for p in out.iterdir()):  # a kill leaves half a file under such a name
                 raise UserError(f"{out}: not empty and no unfinished build, expected an empty or a new folder")
-            _replace(out / _PLAN, text.encode())
+            replace_file(out / _PLAN, text.encode())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     while rank and not (out / _PLAN).exists():
@@ -140,7 +142,7 @@ def _write_shard(path: Path, header: Header, block: Block) -> None:
         tensors["paths"] = np.frombuffer(b"".join(encoded), np.uint8)
         tensors["path_ends"] = np.cumsum([len(p) for p in encoded]).astype(np.int64)
     try:
-        _replace(path, save(tensors))
+        replace_file(path, save(tensors))
     except OSError as error:
         raise UserError(
             f"{path}: the shard could not be written ({error.strerror}); the shards before it are whole, "
@@ -148,9 +150,9 @@ def _write_shard(path: Path, header: Header, block: Block) -> None:
         ) from None
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, rename it; nothing is left behind on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -187,7 +189,7 @@ def write_manifest(folder: Path, header: Header, entries: list[dict[str, Any]]) 
     del fields["flips"]  # the shards' flip_offset says it
     manifest = {"format": FORMAT, "version": VERSION, **fields, "shards": entries}
     try:
-        _replace(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{folder / 'manifest.json'}: could not be written ({error.strerror})") from None
 
