@@ -24,7 +24,7 @@ def finish(model: SiT, config: Config, manifest: Manifest, run: Run, device: tor
     from lsep.data import digits
 
     step = config.train.steps
-    judged = manifest.source == "digits"
+    judged = config.data.path == "digits"
     labels = sample.grid_labels(max(config.sample.num, AGREEMENT_SAMPLES if judged else 0), manifest.num_classes)
     x = sample.draw(model, config, labels, config.train.seed)
     images = sample.to_images(x, manifest)

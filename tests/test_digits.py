@@ -1,22 +1,43 @@
 """The quickstart's data and its judge."""
 
-import numpy as np
+from pathlib import Path
 
-from lsep.data.digits import Digits, agreement
+import numpy as np
+import pytest
+
+from lsep.data.digits import Digits, agreement, open_digits
+from lsep.errors import UserError
 
 
 def test_digits_are_real_images() -> None:
-    source = Digits()
-    rows = source.read(np.arange(source.manifest.rows))
+    rows = Digits().read(0, Digits().rows)
     assert rows.x.shape == (1797, 1, 8, 8) and rows.x.dtype == np.uint8
     assert rows.x.min() == 0 and rows.x.max() == 255
     assert np.bincount(rows.y).min() >= 170
 
 
 def test_agreement_tells_digits_from_noise() -> None:
-    rows = Digits().read(np.arange(300))
+    rows = Digits().read(0, 300)
     images = rows.x.transpose(0, 2, 3, 1)
     assert agreement(images, rows.y) > 0.97
     assert agreement(images, (rows.y + 1) % 10) < 0.03
     noise = np.random.default_rng(0).integers(256, size=images.shape).astype(np.uint8)
     assert agreement(noise, rows.y) < 0.3
+
+
+def test_the_store_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = open_digits()
+    assert [p.name for p in (tmp_path / "lsep").iterdir()] == ["digits-1"]
+    before = store.shards[0].path.stat().st_mtime_ns
+    assert open_digits().shards[0].path.stat().st_mtime_ns == before
+    rows, truth = store.read(np.arange(1797)), Digits().read(0, 1797)
+    np.testing.assert_array_equal(rows.x, truth.x)
+    np.testing.assert_array_equal(rows.y, truth.y)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="digits-1: cannot be written .*, set XDG_CACHE_HOME"):
+        open_digits()

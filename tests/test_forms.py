@@ -242,7 +242,7 @@ def test_digits(tmp_path: Path) -> None:
     assert recognise("digits") == "digits"
     source = open_form("digits")
     assert (source.rows, source.header.kind, source.header.num_classes) == (1797, "pixels", 10)
-    truth = Digits().read(np.arange(100, 120))
+    truth = Digits().read(100, 120)
     block = source.read(100, 120)
     np.testing.assert_array_equal(block.x, truth.x)
     np.testing.assert_array_equal(block.y, truth.y)

@@ -1,32 +1,51 @@
 """The quickstart's data: scikit-learn's digits, 1,797 real handwritten 8 x 8 images that come inside the package.
 
-`agreement` judges samples of them: a 3-nearest-neighbour classifier on the real images against the classes asked for.
+They go through a store like any other data (`open_digits`). `agreement` judges samples of them: a 3-nearest-neighbour
+classifier on the real images against the classes asked for.
 """
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
-from lsep.data.manifest import Flips, Ids, Manifest, Rows
+from lsep.data.manifest import Ids
+from lsep.data.store import Store
+from lsep.data.writer import Block, Header, build
+from lsep.errors import UserError
 
 
 class Digits:
-    """All digits as uint8 pixels (1, 8, 8), in memory."""
+    """All digits as uint8 pixels (1, 8, 8), as a source of blocks."""
+
+    header = Header("pixels", (1, 8, 8), "uint8", 10, class_names=tuple(str(i) for i in range(10)))
 
     def __init__(self) -> None:
         self._x, self._y = _load()
-        self.manifest = Manifest(
-            source="digits",
-            kind="pixels",
-            shape=(1, 8, 8),
-            rows=len(self._x),
-            num_classes=10,
-            probe_classes=10,
-            dtype="uint8",
-            class_names=tuple(str(i) for i in range(10)),
-        )
+        self.rows = len(self._x)
 
-    def read(self, ids: Ids, flips: Flips | None = None, out: np.ndarray | None = None) -> Rows:
-        x = np.take(self._x, ids, axis=0, out=out)  # digits have no mirror images, so there are no flips
-        return Rows(x, self._y[ids], self._y[ids])
+    def read(self, start: int, stop: int) -> Block:
+        """Rows start to stop - 1."""
+        return Block(self._x[start:stop], self._y[start:stop])
+
+
+def open_digits() -> Store:
+    """The store of the digits in the user's cache folder, written there on first use."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsep"
+    folder = cache / "digits-1"
+    if not (folder / "manifest.json").exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=cache) as temporary:
+                build(Digits(), Path(temporary) / "digits", progress=False)
+                (Path(temporary) / "digits").rename(folder)
+        except OSError as error:
+            if not (folder / "manifest.json").exists():  # or another process was faster
+                raise UserError(f"{folder}: cannot be written ({error.strerror}), set XDG_CACHE_HOME") from None
+    return Store(folder)
 
 
 def _load() -> tuple[np.ndarray, Ids]:

@@ -82,7 +82,9 @@ def open_form(
     if form == "imagefolder":
         return ImageFolder(Path(path), size, num_classes)
     if form == "digits":
-        return DigitRows(num_classes)
+        if num_classes not in (None, Digits.header.num_classes):
+            raise UserError(f"--num-classes {num_classes} with form 'digits', expected {Digits.header.num_classes}")
+        return Digits()
     return _OPEN[form](Path(path), scale, num_classes)
 
 
@@ -276,20 +278,3 @@ class ImageFolder:
 
         each(fill, len(x))
         return Block(x, self._labels[start:stop], paths=self._relative[start:stop])
-
-
-class DigitRows:
-    """scikit-learn's digits, the quickstart's data, as a source of blocks."""
-
-    def __init__(self, num_classes: int | None = None) -> None:
-        self._digits = Digits()
-        m = self._digits.manifest
-        self.rows = m.rows
-        if num_classes not in (None, m.num_classes):
-            raise UserError(f"--num-classes {num_classes} with form 'digits', expected {m.num_classes}")
-        self.header = Header(m.kind, m.shape, "uint8", m.num_classes, class_names=m.class_names)
-
-    def read(self, start: int, stop: int) -> Block:
-        """Rows start to stop - 1."""
-        rows = self._digits.read(np.arange(start, stop))
-        return Block(rows.x, rows.y)

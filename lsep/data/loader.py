@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lsep.config import DataConfig
-from lsep.data.digits import Digits
+from lsep.data.digits import open_digits
 from lsep.data.manifest import CorruptRow, Flips, Ids, Rows, Source
 from lsep.data.reader import HostBatch, Sequence, ring
 from lsep.data.store import Store
@@ -43,7 +43,7 @@ def open_source(config: DataConfig) -> Source:
     if config.path is None:
         raise UserError("--data.path is missing, expected the folder of a store (with manifest.json) or 'digits'")
     if config.path == "digits":
-        return Digits()
+        return open_digits()
     return Store(config.path, check_rows=config.crc)
 
 
@@ -165,6 +165,7 @@ def choose(config: DataConfig, source: Source, device: torch.device) -> str:
     manifest, cuda = source.manifest, device.type == "cuda"
     needed = manifest.rows * (1 + manifest.flips) * manifest.row_bytes
     free = torch.cuda.mem_get_info(device)[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed <= (free // 2 if cuda else min(free // 2, _SMALL)):
+    # On a GPU a quarter: the model has not shown yet what it needs.
+    if needed <= (free // 4 if cuda else min(free // 2, _SMALL)):
         return "resident"
     return "dali" if cuda and has_dali() else "torch"

@@ -1,6 +1,6 @@
 """What a data set holds: kind, shape, classes and scale. The model's configuration follows from it.
 
-A source of rows is anything with a `manifest` and `read(ids, flips)`; there are two, `digits` and `store`.
+A source of rows is anything with a `manifest` and `read(ids, flips)`, above all a `Store`.
 """
 
 from dataclasses import dataclass
