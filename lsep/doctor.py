@@ -40,6 +40,11 @@ def parts() -> list[Part]:
     else:
         why = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible to torch"
         found.append(Part("GPU", None, f"{why}; trains on the CPU in fp32"))
+    from lsep.data.native import library
+
+    native = library() is not None
+    why = "rows are read and checked in C" if native else "not built; rows are read in Python, at half the speed"
+    found.append(Part("csrc/rows.c", "built" if native else None, why, "apt install gcc && pip install -e ."))
     missing = missing_for_compile("cpu")
     found.append(Part("compile, CPU", None if missing else "ready", missing or "--train.compile"))
     found.append(_package("triton", "triton", "--train.compile on a GPU", "pip install triton"))

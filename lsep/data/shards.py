@@ -125,6 +125,8 @@ class Shard:
     def __init__(self, folder: Path, entry: Entry, manifest: Manifest) -> None:
         self.entry = entry
         self.fd: int | None = None
+        self.files: list[bytes] = []
+        """Of the layout `files`: the file of each row."""
         self.path = inside(folder, entry.file)
         self.columns_path = inside(folder, entry.columns)
         self._columns = header(self.columns_path)
@@ -196,17 +198,6 @@ class Shard:
         if len(data) != column.end - column.start:
             raise UserError(f"{self.columns_path}: truncated inside {name}")
         return np.frombuffer(data, dtype)
-
-    def read_file(self, row: int, view: memoryview, sample: int) -> int:
-        """Put the row's own file's bytes into `view`; returns how many there were."""
-        try:
-            fd = os.open(self.files[row], os.O_RDONLY)
-        except OSError as error:
-            raise self.corrupt(row, sample, f"cannot be opened ({error.strerror})") from None
-        try:
-            return os.preadv(fd, (view,), self.entry.offset)
-        finally:
-            os.close(fd)
 
     def corrupt(self, row: int, sample: int, what: str) -> CorruptRow:
         """The error that names the file, the row in it and the sample's id."""

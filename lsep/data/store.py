@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lsep.data.manifest import KINDS, CorruptRow, Flips, Ids, Manifest, Rows
+from lsep.data.manifest import KINDS, Flips, Ids, Manifest, Rows
+from lsep.data.native import library, read_rows
 from lsep.data.shards import Entry, Shard
 from lsep.errors import UserError
 
@@ -41,9 +42,9 @@ class Store:
                 f"expected num_classes, {m.num_classes}"
             )
         self._probe_y = np.concatenate(probe) if probe else self._y
-        # Flat tables over shards and rows: the loop over a batch's rows is the hot path of every loader.
-        self._fds = [s.fd for s in self.shards]
-        self._packed = np.array([s.fd is not None for s in self.shards], np.int64)
+        # Flat tables over shards and rows: a batch's rows are looked up in one go.
+        self._fds = np.array([-1 if s.fd is None else s.fd for s in self.shards], np.int32)
+        self._files = any(s.fd is None for s in self.shards)
         offsets = [(e.offset, e.offset if e.flip_offset is None else e.flip_offset) for e in self.entries]
         self._offsets = np.array(offsets, np.int64).T
         columns = [(s.crc, s.crc if s.crc_flip is None else s.crc_flip) for s in self.shards]
@@ -59,36 +60,63 @@ class Store:
         """Rows in this order, see `Source.read`. A row with a value that is not finite is corrupt as well."""
         m = self.manifest
         x = np.empty((len(ids), *m.row_shape), m.dtype) if out is None else out
-        whole, size = memoryview(x).cast("B"), m.row_bytes  # type: ignore[arg-type]
-        views = [whole[i : i + size] for i in range(0, len(whole), size)]
         which = np.searchsorted(self._starts, ids, side="right") - 1
         rows = ids - self._starts[which]
         variant = np.zeros(len(ids), np.int64) if flips is None else flips.astype(np.int64)
-        offsets = (self._offsets[variant, which] + rows * size * self._packed[which]).tolist()
-        shards, crc = which.tolist(), self._crc[variant, ids].tolist()
-
-        def corrupt(i: int, what: str) -> CorruptRow:
-            return self.shards[shards[i]].corrupt(int(rows[i]), int(ids[i]), what)
-
-        for start in range(0, len(views), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(views)))
-            for i in chunk:
-                fd = self._fds[shards[i]]
-                if fd is None:
-                    got = self.shards[shards[i]].read_file(int(rows[i]), views[i], int(ids[i]))
-                else:
-                    got = os.preadv(fd, (views[i],), offsets[i])
-                if got != size:
-                    raise corrupt(i, f"is truncated, {got} of {size} bytes found")
-            if self.check_rows:
-                for i in chunk:
-                    found = zlib.crc32(views[i])
-                    if found != crc[i]:
-                        raise corrupt(i, f"is damaged, crc32 {found:08x} found and {crc[i]:08x} expected")
-            # A row whose crc32 is right holds what was counted when it was written: only others need the test.
-            if (not self.check_rows or self._some_non_finite) and not all_finite(x[start : chunk.stop]):
-                raise corrupt(next(i for i in chunk if not all_finite(x[i])), "holds a value that is not finite")
+        offsets = self._offsets[variant, which] + rows * m.row_bytes * (self._fds[which] >= 0)
+        crc = self._crc[variant, ids] if self.check_rows else None
+        # A row whose crc32 is right holds what was counted when it was written: only others need the test.
+        finite = not self.check_rows or self._some_non_finite
+        paths = None
+        if self._files:
+            places = zip(which.tolist(), rows.tolist(), strict=True)
+            paths = [self.shards[s].files[r] if self.shards[s].files else b"" for s, r in places]
+        read = read_rows if library() is not None else read_rows_in_python
+        bad = read(self._fds[which], paths, offsets, x, crc, finite) if len(ids) else None
+        if bad is not None:
+            i, what = bad
+            raise self.shards[which[i]].corrupt(int(rows[i]), int(ids[i]), what)
         return Rows(x, self._y[ids], self._probe_y[ids])
+
+
+def read_rows_in_python(
+    fds: np.ndarray,
+    paths: list[bytes] | None,
+    offsets: np.ndarray,
+    out: np.ndarray,
+    crc: np.ndarray | None,
+    finite: bool,
+) -> tuple[int, str] | None:
+    """What `native.read_rows` does, row by row."""
+    whole, size = memoryview(out).cast("B"), out.nbytes // len(out)  # type: ignore[arg-type]
+    views = [whole[i : i + size] for i in range(0, len(whole), size)]
+    places = list(zip(fds.tolist(), offsets.tolist(), strict=True))
+    for start in range(0, len(views), _CHUNK):
+        chunk = range(start, min(start + _CHUNK, len(views)))
+        for i in chunk:
+            fd, offset = places[i]
+            try:
+                got = os.preadv(fd, (views[i],), offset) if fd >= 0 else _read_file(paths, i, views[i], offset)
+            except OSError as error:
+                return i, f"cannot be opened ({error.strerror})"
+            if got != size:
+                return i, f"is truncated, {got} of {size} bytes found"
+        for i in chunk if crc is not None else ():
+            assert crc is not None
+            if (found := zlib.crc32(views[i])) != crc[i]:
+                return i, f"is damaged, crc32 {found:08x} found and {crc[i]:08x} expected"
+        if finite and not all_finite(out[start : chunk.stop]):
+            return next(i for i in chunk if not all_finite(out[i])), "holds a value that is not finite"
+    return None
+
+
+def _read_file(paths: list[bytes] | None, i: int, view: memoryview, offset: int) -> int:
+    assert paths is not None
+    fd = os.open(paths[i], os.O_RDONLY)
+    try:
+        return os.preadv(fd, (view,), offset)
+    finally:
+        os.close(fd)
 
 
 def all_finite(x: np.ndarray) -> bool:
