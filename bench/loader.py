@@ -25,6 +25,7 @@ import torch
 from lsep.config import DataConfig
 from lsep.data.index import index
 from lsep.data.loader import Loader, has_dali, open_source
+from lsep.data.native import library
 from lsep.data.reader import Sequence
 from lsep.data.writer import Block, Header, build
 
@@ -170,6 +171,7 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         **versions,
+        "rows read in": "C" if library() else "Python",
     }
 
 
