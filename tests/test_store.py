@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,26 @@ def test_any_shard_header_ends_in_our_error_or_opens(store: Path, place: int, by
     shard(store).write_bytes(changed if cut is None else changed[:cut])
     with contextlib.suppress(UserError):
         Store(store).read(np.arange(16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 60), shard_rows=st.integers(1, 70), flips=st.booleans(), seed=st.integers(0, 99))
+def test_any_cut_into_shards_gives_the_same_rows(rows: int, shard_rows: int, flips: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(rows, 2, 3, 3)).astype(np.float16), rng.integers(4, size=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        mirror = x[..., ::-1].copy() if flips else None
+        write_store(
+            Path(folder) / "s", kind="samples", x=x, y=y, flip=mirror, num_classes=4, shard_rows=shard_rows
+        )  # fmt: skip
+        store = Store(Path(folder) / "s")
+        assert len(store.shards) == -(-rows // shard_rows)
+        ids = rng.permutation(rows)
+        flip = rng.integers(0, 2, rows).astype(bool) & flips
+        got = store.read(ids, flip if flips else None)
+        truth = np.where(flip[:, None, None, None], x[ids][..., ::-1], x[ids])
+        np.testing.assert_array_equal(got.x, truth)
+        np.testing.assert_array_equal(got.y, y[ids])
 
 
 def test_truncation_under_an_open_store_names_row_and_sample(store: Path) -> None:

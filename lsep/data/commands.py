@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from lsep.arguments import Args, first_arguments, no_flags, parse, wants_help
+from lsep.data import FORMS, Form
 from lsep.errors import UserError, nearest
-
-FORMS = ("repa", "edm2", "lightningdit", "fast-dit", "speedrundit", "imagefolder", "digits")
-Form = Literal["repa", "edm2", "lightningdit", "fast-dit", "speedrundit", "imagefolder", "digits"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lsep.data import FORMS
 from lsep.data.digits import Digits
 from lsep.data.forms_npy import NpyRows, Tree, count_classes, each, json_labels, npy_array
 from lsep.data.forms_shards import LightningDiT
@@ -19,8 +20,6 @@ from lsep.data.manifest import Ids
 from lsep.data.shards import header as read_header
 from lsep.data.writer import Block, BlockSource, Header
 from lsep.errors import UserError, nearest
-
-FORMS = ("repa", "edm2", "lightningdit", "fast-dit", "speedrundit", "imagefolder", "digits")
 
 _MEAN_STD, _LATENTS = r"img-mean-std-.*\.npy", r"img-latents-.*\.npy"
 _FOLDERS = {"repa": "vae-sd", "edm2": "vae-sd", "speedrundit": "vae-in"}
