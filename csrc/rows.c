@@ -7,9 +7,10 @@
 #include <fcntl.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-enum { FINE = 0, CANNOT_OPEN = 1, SHORT = 2, DAMAGED = 3, NOT_FINITE = 4 };
+enum { FINE = 0, CANNOT_OPEN = 1, SHORT = 2, DAMAGED = 3, NOT_FINITE = 4, RESIZED = 5 };
 
 static uint32_t table[16][256];
 
@@ -95,16 +96,26 @@ VECTORISED static int finite32(const uint32_t *p, int64_t n) {
     return !bad;
 }
 
-/* Row i is `size` bytes at offsets[i] of fds[i], or of the file paths[i] where fds[i] < 0; it goes to out + i * size.
- * crc: expected checksums, or NULL. item: bytes of a float to test for finite values, or 0.
+/* Row i is `size` bytes at offsets[i] of fds[i], or of the file paths[i] where fds[i] < 0, which must have
+ * sizes[i] bytes; it goes to out + i * size. A file is not opened through a link, and a pipe is not waited for.
+ * crc: expected checksums, or NULL. item: bytes of a value; those of two or four are floats and must be finite.
  * Returns the first bad row, its reason, and in *found the bytes read, the checksum or errno; n when all are fine. */
-int64_t lsep_read_rows(const int32_t *fds, char *const *paths, const int64_t *offsets, int64_t n, int64_t size,
-                       uint8_t *out, const uint32_t *crc, int32_t item, int32_t *reason, int64_t *found) {
+int64_t lsep_read_rows(const int32_t *fds, char *const *paths, const int64_t *offsets, const int64_t *sizes,
+                       int64_t n, int64_t size, uint8_t *out, const uint32_t *crc, int32_t item, int32_t *reason, int64_t *found) {
     for (int64_t i = 0; i < n; i++, out += size) {
         int fd = fds[i];
-        if (fd < 0 && (fd = open(paths[i], O_RDONLY | O_CLOEXEC)) < 0) {
-            *reason = CANNOT_OPEN, *found = errno;
-            return i;
+        if (fd < 0) {
+            struct stat is;
+            fd = open(paths[i], O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+            if (fd < 0) {
+                *reason = CANNOT_OPEN, *found = errno;
+                return i;
+            }
+            if (fstat(fd, &is) || !S_ISREG(is.st_mode) || is.st_size != sizes[i]) {
+                *reason = RESIZED, *found = is.st_size;
+                close(fd);
+                return i;
+            }
         }
         int64_t got = 0;
         while (got < size) {

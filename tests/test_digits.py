@@ -28,9 +28,11 @@ def test_agreement_tells_digits_from_noise() -> None:
 def test_the_store_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     store = open_digits()
-    assert [p.name for p in (tmp_path / "lsep").iterdir()] == ["digits-1"]
+    assert [p.name for p in (tmp_path / "lsep").iterdir()] == ["digits"]
     before = store.shards[0].path.stat().st_mtime_ns
     assert open_digits().shards[0].path.stat().st_mtime_ns == before
+    (tmp_path / "lsep" / "digits" / "manifest.json").write_text("{}")  # of another version
+    store = open_digits()
     rows, truth = store.read(np.arange(1797)), Digits().read(0, 1797)
     np.testing.assert_array_equal(rows.x, truth.x)
     np.testing.assert_array_equal(rows.y, truth.y)
@@ -39,5 +41,5 @@ def test_the_store_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="digits-1: cannot be written .*, set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="digits: cannot be written .*, set XDG_CACHE_HOME"):
         open_digits()

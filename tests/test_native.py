@@ -23,7 +23,9 @@ def test_crc32_is_zlibs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
-@pytest.mark.parametrize("how", ["whole", "damaged", "truncated", "infinite", "nan", "missing", "directory"])
+@pytest.mark.parametrize(
+    "how", ["whole", "damaged", "truncated", "infinite", "nan", "missing", "directory", "grown", "link"]
+)
 def test_both_ways_agree(tmp_path: Path, dtype: type, how: str) -> None:
     """Rows 0 to 5 lie in one file, rows 6 and 7 in files of their own."""
     x = np.random.default_rng(0).integers(0, 100, (8, 5, 7)).astype(dtype)
@@ -38,8 +40,13 @@ def test_both_ways_agree(tmp_path: Path, dtype: type, how: str) -> None:
         crc[3] ^= 1
     elif how == "truncated":
         os.truncate(tmp_path / "many", 4 + 5 * size - 1)
-    elif how in ("missing", "directory"):
+    elif how == "grown":
+        with (tmp_path / "7").open("ab") as file:
+            file.write(b"x")
+    elif how in ("missing", "directory", "link"):
         (tmp_path / "7").unlink()
+        if how == "link":
+            (tmp_path / "7").symlink_to(tmp_path / "6")
         if how == "directory":
             (tmp_path / "7").mkdir()
     paths = [b""] * 6 + [os.fsencode(tmp_path / "6"), os.fsencode(tmp_path / "7")]
@@ -50,14 +57,22 @@ def test_both_ways_agree(tmp_path: Path, dtype: type, how: str) -> None:
         for read in (read_rows, read_rows_in_python):
             for sums in (crc, None):
                 out = np.zeros_like(x)
-                bad = read(fds, paths, offsets, out, sums, True)
+                bad = read(fds, paths, offsets, np.full(8, 4 + size), out, sums)
                 found.append(bad)
                 if bad is None:
                     np.testing.assert_array_equal(out, x)
     assert (found[0] is None) == (found[2] is None) and (found[1] is None) == (found[3] is None)
-    if how != "directory":  # one names the open, the other the read that fails
-        assert found[:2] == found[2:]
-    expected = {"damaged": 3, "truncated": 4, "missing": 7, "directory": 7, "infinite": 4, "nan": 4}.get(how)
+    assert found[:2] == found[2:]
+    expected = {
+        "damaged": 3,
+        "truncated": 4,
+        "missing": 7,
+        "directory": 7,
+        "grown": 7,
+        "link": 7,
+        "infinite": 4,
+        "nan": 4,
+    }.get(how)
     if expected is not None and not (how in ("infinite", "nan") and dtype is np.uint8):
         assert found[0] is not None and found[0][0] == expected
     else:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsep.data.order import batch_ids, mirrored, next_in_order, permutation, steps_per_epoch
+from lsep.data.order import batch_ids, following, mirrored, permutation, steps_per_epoch
 
 
 @pytest.mark.parametrize("batch", [1, 7, 10, 43])
@@ -56,4 +56,8 @@ def test_flips_are_fair_and_belong_to_the_epoch() -> None:
     a, b = mirrored(20_000, 3, 0), mirrored(20_000, 3, 1)
     assert abs(a.mean() - 0.5) < 4 * 0.5 / 20_000**0.5
     assert abs((a == b).mean() - 0.5) < 4 * 0.5 / 20_000**0.5
-    assert next_in_order(int(permutation(50, 1, 2)[49]), 50, 1, 2) == permutation(50, 1, 2)[0]
+
+
+def test_following_goes_round() -> None:
+    order = permutation(50, 1, 2).tolist()
+    assert list(following(order[48], 50, 1, 2)) == [order[49], *order[:48]]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lsep.data.shards import columns_crc32
 from lsep.data.stage import stage
 from lsep.data.store import Store, read_manifest
 from lsep.data.writer import Header, write_manifest
@@ -44,6 +45,7 @@ def listed(tmp_path: Path) -> Path:
         "file": "files.txt", "rows": 5, "layout": "files", "offset": size - x[0].nbytes, "flip_offset": None,
         "bytes": size, "sha256": hashlib.sha256((folder / "files.txt").read_bytes()).hexdigest(),
         "columns": "columns.safetensors", "non_finite": 0,
+        "columns_crc32": columns_crc32(folder / "columns.safetensors"),
     }  # fmt: skip
     write_manifest(folder, Header("samples", (3, 4, 4), "float32", 2), [entry])
     return folder

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lsep.data.shards import header
 from lsep.data.store import Store
 from lsep.data.writer import write_store
 from lsep.errors import UserError
@@ -111,6 +112,32 @@ def test_damage_is_named(store: Path, how: Callable[[Path], object], message: st
         Store(store)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_changed_label_is_found_though_it_is_in_range(store: Path) -> None:
+    column = header(shard(store, 1))["labels"]
+    label = int(Store(store).shards[1].labels[3])
+    with shard(store, 1).open("r+b") as file:
+        file.seek(column.start + 3 * 8)
+        file.write(bytes([(label + 1) % 5]))
+    with pytest.raises(UserError, match="shard-00001.safetensors: labels or checksums are damaged"):
+        Store(store)
+
+
+def test_a_count_of_non_finite_rows_is_not_believed(tmp_path: Path) -> None:
+    x = np.full((4, 1, 2, 2), np.nan, np.float32)
+    write_store(tmp_path / "s", kind="samples", x=x, y=np.zeros(4, int), num_classes=1)
+    shards(tmp_path / "s", non_finite=0)
+    with pytest.raises(UserError, match="row 2 .sample 2. holds a value that is not finite"):
+        Store(tmp_path / "s").read(np.array([2]))
+
+
+def test_a_list_of_absolute_paths_is_refused(store: Path) -> None:
+    size = 128 + 6 * 8 * 8 * 4
+    (store / "list.txt").write_text("/etc/hostname\n" * 16)
+    shards(store, layout="files", file="list.txt", bytes=size, offset=128)
+    with pytest.raises(UserError, match="list.txt: lists an absolute path"):
+        Store(store)
 
 
 def test_a_link_that_leads_out_is_refused(store: Path, tmp_path: Path) -> None:

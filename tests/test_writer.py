@@ -120,6 +120,22 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, whole: dict[str, bytes]) -> 
         build(Counting(), tmp_path / "other", 20, progress=False)
 
 
+def test_another_source_does_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(Counting(fail_at=20), tmp_path / "s", 10, progress=False, identity="a")
+    with pytest.raises(UserError, match="holds an unfinished build of something else"):
+        build(Counting(), tmp_path / "s", 10, progress=False, identity="b")
+
+
+def test_what_no_store_holds_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    x, y = np.zeros((3, 1, 2, 2)), np.zeros(3, int)
+    with pytest.raises(UserError, match="samples of type float64, expected uint8 for pixels, float32 or float16"):
+        write_store(tmp_path / "s", kind="samples", x=x, y=y, num_classes=1)
+    with pytest.raises(UserError, match="y has 2 rows, expected 3 as x"):
+        write_store(tmp_path / "s", kind="samples", x=x.astype(np.float32), y=y[:2], num_classes=1)
+    assert not (tmp_path / "s").exists()
+
+
 def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     x = np.zeros((3, 1, 2, 2), np.float32)
     with pytest.raises(UserError, match=r"shard-00000.safetensors: labels of row 2 is 7, expected from 0 to 6"):

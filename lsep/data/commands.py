@@ -91,7 +91,9 @@ def pack(argv: Args) -> None:
 
     if args.shard_rows < 1:
         raise UserError(f"--shard-rows is {args.shard_rows}, expected at least 1")
-    build(open_form(source, args.form, args.size, args.scale, args.num_classes), Path(out), args.shard_rows)
+    identity = f"{Path(source).resolve()} as {args}"
+    rows = open_form(source, args.form, args.size, args.scale, args.num_classes)
+    build(rows, Path(out), args.shard_rows, identity=identity)
     print(out)
 
 

@@ -4,8 +4,8 @@ They go through a store like any other data (`open_digits`). `agreement` judges 
 classifier on the real images against the classes asked for.
 """
 
+import contextlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -34,17 +34,19 @@ class Digits:
 def open_digits() -> Store:
     """The store of the digits in the user's cache folder, written there on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsep"
-    folder = cache / "digits-1"
-    if not (folder / "manifest.json").exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=cache) as temporary:
-                build(Digits(), Path(temporary) / "digits", progress=False)
-                (Path(temporary) / "digits").rename(folder)
-        except OSError as error:
-            if not (folder / "manifest.json").exists():  # or another process was faster
-                raise UserError(f"{folder}: cannot be written ({error.strerror}), set XDG_CACHE_HOME") from None
+    folder = cache / "digits"
+    with contextlib.suppress(UserError):  # not there yet, damaged, or of another version: made anew
+        return Store(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            build(Digits(), Path(temporary) / "new", progress=False)
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(Path(temporary) / "old")
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                (Path(temporary) / "new").rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}), set XDG_CACHE_HOME") from None
     return Store(folder)
 
 

@@ -20,7 +20,7 @@ from lsep.data.forms import open_form, recognise
 from lsep.data.forms_npy import NpyRows, each
 from lsep.data.forms_shards import STATS, LightningDiT, read_rows
 from lsep.data.manifest import Ids
-from lsep.data.shards import inside
+from lsep.data.shards import columns_crc32, inside
 from lsep.data.store import FORMAT
 from lsep.data.writer import replace_file, write_manifest
 from lsep.errors import UserError
@@ -109,7 +109,8 @@ def _packed_entry(source: LightningDiT, k: int, bar: Any) -> dict[str, Any]:
     return {
         "file": file.name, "rows": rows, "layout": "packed", "offset": columns["latents"].start,
         "flip_offset": columns["latents_flip"].start if source.header.flips else None, "bytes": file.stat().st_size,
-        "sha256": digest, "columns": sidecar, "non_finite": int(bad.sum()),
+        "sha256": digest, "columns": sidecar, "columns_crc32": columns_crc32(source.folder / sidecar),
+        "non_finite": int(bad.sum()),
     }  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def _files_entry(source: NpyRows, k: int, start: int, bar: Any) -> dict[str, Any
     return {
         "file": listing, "rows": len(names), "layout": "files", "offset": first.offset, "flip_offset": None,
         "bytes": len(data), "sha256": hashlib.sha256(text).hexdigest(), "columns": sidecar,
+        "columns_crc32": columns_crc32(folder / sidecar),
         "non_finite": int(bad.sum()),
     }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Looking at a store: every byte (`problems`), or counts, statistics and a few samples (`describe`, `picture`)."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,12 @@ def problems(path: Path, progress: bool = True) -> Iterator[str]:
         found = _sha256(shard.path)
         if found != entry.sha256:
             yield f"{shard.path}: sha256 is {found}, expected {entry.sha256} by the manifest"
-        for row, name in enumerate(_paths(shard)):
+        try:
+            names = _paths(shard)
+        except UserError as error:
+            names = []
+            yield str(error)
+        for row, name in enumerate(names):
             if name in seen:
                 yield f"{shard.path}: row {row} is {name!r}, which {seen[name]} holds already"
             seen[name] = f"{shard.path} row {row}"
@@ -76,12 +82,14 @@ def _sha256(path: Path) -> str:
 def _paths(shard: Shard) -> list[str]:
     """Where the rows come from, when the shard says it: its listed files, or the column of image paths."""
     if shard.entry.layout == "files":
-        return shard.path.read_text().splitlines()
+        return [os.fsdecode(f) for f in shard.files]
     columns = header(shard.columns_path)
     if not {"paths", "path_ends"} <= columns.keys():
         return []
     data = shard.columns_path.read_bytes()
     text, ends = (data[columns[n].start : columns[n].end] for n in ("paths", "path_ends"))
+    if columns["path_ends"].dtype != np.int64 or columns["path_ends"].shape != (shard.entry.rows,):
+        raise UserError(f"{shard.columns_path}: path_ends is not int64 ({shard.entry.rows},)")
     stops = np.frombuffer(ends, np.int64).tolist()
     return [text[a:b].decode(errors="replace") for a, b in zip([0, *stops[:-1]], stops, strict=True)]
 
@@ -97,7 +105,8 @@ def describe(path: str, rows: int = 2048) -> str:
         f"{m.rows} {m.kind} of {c} x {h} x {w}, {m.dtype}{variants}, {len(store.shards)} shards, {size:.1f} MiB",
         f"scale {m.scale:g}, shift {m.shift:g}",
         *_classes(store),
-        *_statistics(store, np.linspace(0, m.rows - 1, min(rows, m.rows)).astype(np.int64)),
+        # At most 256 MiB as float64, however large the images.
+        *_statistics(store, np.linspace(0, m.rows - 1, min(rows, m.rows, 2**25 // m.row_bytes + 1)).astype(np.int64)),
     ]
     return "\n".join(lines)
 

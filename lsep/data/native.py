@@ -37,14 +37,14 @@ def read_rows(
     fds: np.ndarray,
     paths: list[bytes] | None,
     offsets: np.ndarray,
+    sizes: np.ndarray,
     out: np.ndarray,
     crc: np.ndarray | None,
-    finite: bool,
 ) -> tuple[int, str] | None:
     """Fill `out` `(N, ...)`: row i from `offsets[i]` of `fds[i]`, or of `paths[i]` where the descriptor is -1.
 
-    fds int32, offsets int64, crc uint32 `(N,)` or None; `finite` tests the values. Returns the first bad row with what
-    is wrong, or None.
+    fds int32, offsets int64, sizes int64 (what a file of `paths` must have), crc uint32 `(N,)` or None. Returns the
+    first bad row with what is wrong, or None; a value that is not finite is wrong.
     """
     lib = library()
     assert lib is not None and out.flags.c_contiguous
@@ -52,12 +52,14 @@ def read_rows(
     names = None if paths is None else (ctypes.c_char_p * len(paths))(*paths)
     reason, found = ctypes.c_int32(), ctypes.c_int64()
     bad = lib.lsep_read_rows(
-        _pointer(fds), names, _pointer(offsets), ctypes.c_int64(len(out)), ctypes.c_int64(size), _pointer(out),
-        None if crc is None else _pointer(crc), ctypes.c_int32(out.itemsize if finite and out.itemsize > 1 else 0),
+        _pointer(fds), names, _pointer(offsets), _pointer(sizes), ctypes.c_int64(len(out)), ctypes.c_int64(size),
+        _pointer(out), None if crc is None else _pointer(crc), ctypes.c_int32(out.itemsize),
         ctypes.byref(reason), ctypes.byref(found),
     )  # fmt: skip
     if bad == len(out):
         return None
+    if reason.value == 5:
+        return bad, f"has {found.value} bytes, expected a file of {int(sizes[bad])}"
     return bad, _REASONS[reason.value](found.value, size, 0 if crc is None else int(crc[bad]))
 
 

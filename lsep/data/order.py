@@ -4,6 +4,7 @@ Every epoch is a full permutation; the tail that does not fill a batch is left o
 (devices times micro-batches) like cards, position g to shard g mod shards: it is the same for any number of them.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -38,8 +39,9 @@ def batch_ids(step: int, rows: int, batch_size: int, seed: int, shard: int = 0, 
     return ids[shard::shards].astype(np.int64)
 
 
-def next_in_order(sample: int, rows: int, seed: int, epoch: int) -> int:
-    """The id that comes after `sample` in the epoch's order, the first after the last."""
+def following(sample: int, rows: int, seed: int, epoch: int) -> Iterator[int]:
+    """The other ids after `sample` in the epoch's order, the first after the last."""
     order = permutation(rows, seed, epoch)
     place = int(np.flatnonzero(order == sample)[0])
-    return int(order[(place + 1) % rows])
+    for i in range(1, rows):
+        yield int(order[(place + i) % rows])

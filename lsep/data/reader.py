@@ -8,12 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from lsep.data import order
 from lsep.data.manifest import CorruptRow, Flips, Ids, Source
 from lsep.errors import UserError
+
+_MOST_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,18 @@ class Sequence:
         """Where `readable(sample, epoch)` is False put the next in order; returns how many were replaced."""
         total, skipped = self.source.manifest.rows, 0
         for place in range(len(ids)):
-            tried = 0
-            while not readable(int(ids[place]), epoch):
-                tried += 1
-                if tried == total:
-                    raise UserError(f"{self.source.manifest.source}: all {total} rows are damaged")
-                ids[place] = order.next_in_order(int(ids[place]), total, self.seed, epoch)
-            skipped += tried > 0
+            if readable(int(ids[place]), epoch):
+                continue
+            # A source that is gone altogether must not be searched to its end.
+            others = islice(order.following(int(ids[place]), total, self.seed, epoch), _MOST_IN_A_ROW)
+            found = next((sample for sample in others if readable(sample, epoch)), None)
+            if found is None:
+                raise UserError(
+                    f"{self.source.manifest.source}: sample {int(ids[place])} and the "
+                    f"{min(total - 1, _MOST_IN_A_ROW)} after it in order are damaged"
+                )
+            ids[place] = found
+            skipped += 1
         return skipped
 
 

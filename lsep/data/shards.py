@@ -7,6 +7,7 @@ error that names file and row, where a map would kill the process.
 
 import json
 import os
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 _HEADER_LIMIT = 16 << 20
 _LAYOUTS = ("packed", "files")
+COLUMNS = ("labels", "probe_labels", "crc32", "crc32_flip")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Entry:
     """Of `file`."""
     columns: str
     """safetensors file with labels int64, crc32 uint32 (of each row's bytes), [probe_labels], [crc32_flip]."""
+    columns_crc32: int
+    """Of these columns' bytes, one after the other in the order of COLUMNS."""
     non_finite: int
     """Rows that hold a value that is not finite."""
 
@@ -54,7 +58,7 @@ class Entry:
         for name in ("file", "layout", "sha256", "columns"):
             if not isinstance(value[name], str) or not value[name] or "\0" in value[name]:
                 raise UserError(f"{where}: a shard's {name} is {str(value[name])[:80]!r}, expected text")
-        for name in ("rows", "offset", "flip_offset", "bytes", "non_finite"):
+        for name in ("rows", "offset", "flip_offset", "bytes", "columns_crc32", "non_finite"):
             number = value[name]
             if number is None and name == "flip_offset":
                 continue
@@ -96,15 +100,25 @@ def header(path: Path) -> dict[str, Column]:
                     count *= n
                 if end - start != count * dtype.itemsize:
                     raise ValueError(f"{name} spans {end - start} bytes, its shape needs {count * dtype.itemsize}")
+                if 8 + length + end > size:
+                    raise UserError(f"{path}: truncated, {size} bytes found and {8 + length + end} expected")
                 found[name] = Column(dtype, shape, 8 + length + start, 8 + length + end)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file of a store ({type(error).__name__}: {error})") from None
-    short = max((c.end for c in found.values()), default=0)
-    if short > size:
-        raise UserError(f"{path}: truncated, {size} bytes found and {short} expected")
     return found
+
+
+def columns_crc32(path: Path) -> int:
+    """The checksum of a shard's columns, see `Entry`."""
+    found, value = header(path), 0
+    with path.open("rb") as file:
+        for name in COLUMNS:
+            if name in found:
+                column = found[name]
+                value = zlib.crc32(os.pread(file.fileno(), column.end - column.start, column.start), value)
+    return value
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -130,6 +144,12 @@ class Shard:
         self.path = inside(folder, entry.file)
         self.columns_path = inside(folder, entry.columns)
         self._columns = header(self.columns_path)
+        checksum = columns_crc32(self.columns_path)
+        if checksum != entry.columns_crc32:
+            raise UserError(
+                f"{self.columns_path}: labels or checksums are damaged, crc32 {checksum} found and "
+                f"{entry.columns_crc32} expected by the manifest"
+            )
         self.labels = self.column("labels", manifest.num_classes)
         self.probe_labels = None
         if "probe_labels" in self._columns:
@@ -169,6 +189,8 @@ class Shard:
             raise UserError(f"{self.path}: the list of files cannot be read ({error})") from None
         if len(names) != self.entry.rows:
             raise UserError(f"{self.path}: lists {len(names)} files, expected {self.entry.rows} by the manifest")
+        if any(name.startswith("/") for name in names):
+            raise UserError(f"{self.path}: lists an absolute path, expected paths inside the store's folder")
         folders = {name.rpartition("/")[0] for name in names}
         for parent in folders:  # resolving every file would cost more than reading it
             inside(folder, parent or ".")

@@ -5,6 +5,7 @@ Store(path).read(ids)
 
 import json
 import os
+import stat
 import zlib
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Store:
         self._offsets = np.array(offsets, np.int64).T
         columns = [(s.crc, s.crc if s.crc_flip is None else s.crc_flip) for s in self.shards]
         self._crc = np.stack([np.concatenate(c) for c in zip(*columns, strict=True)])
-        self._some_non_finite = any(e.non_finite for e in self.entries)
+        self._sizes = np.array([e.bytes for e in self.entries], np.int64)
 
     @property
     def labels(self) -> Ids:
@@ -65,14 +66,12 @@ class Store:
         variant = np.zeros(len(ids), np.int64) if flips is None else flips.astype(np.int64)
         offsets = self._offsets[variant, which] + rows * m.row_bytes * (self._fds[which] >= 0)
         crc = self._crc[variant, ids] if self.check_rows else None
-        # A row whose crc32 is right holds what was counted when it was written: only others need the test.
-        finite = not self.check_rows or self._some_non_finite
         paths = None
         if self._files:
             places = zip(which.tolist(), rows.tolist(), strict=True)
             paths = [self.shards[s].files[r] if self.shards[s].files else b"" for s, r in places]
         read = read_rows if library() is not None else read_rows_in_python
-        bad = read(self._fds[which], paths, offsets, x, crc, finite) if len(ids) else None
+        bad = read(self._fds[which], paths, offsets, self._sizes[which], x, crc) if len(ids) else None
         if bad is not None:
             i, what = bad
             raise self.shards[which[i]].corrupt(int(rows[i]), int(ids[i]), what)
@@ -83,9 +82,9 @@ def read_rows_in_python(
     fds: np.ndarray,
     paths: list[bytes] | None,
     offsets: np.ndarray,
+    sizes: np.ndarray,
     out: np.ndarray,
     crc: np.ndarray | None,
-    finite: bool,
 ) -> tuple[int, str] | None:
     """What `native.read_rows` does, row by row."""
     whole, size = memoryview(out).cast("B"), out.nbytes // len(out)  # type: ignore[arg-type]
@@ -95,25 +94,35 @@ def read_rows_in_python(
         chunk = range(start, min(start + _CHUNK, len(views)))
         for i in chunk:
             fd, offset = places[i]
-            try:
-                got = os.preadv(fd, (views[i],), offset) if fd >= 0 else _read_file(paths, i, views[i], offset)
-            except OSError as error:
-                return i, f"cannot be opened ({error.strerror})"
+            got: int | str
+            if fd >= 0:
+                got = os.preadv(fd, (views[i],), offset)
+            else:
+                assert paths is not None
+                got = _read_file(paths[i], int(sizes[i]), views[i], offset)
+            if isinstance(got, str):
+                return i, got
             if got != size:
                 return i, f"is truncated, {got} of {size} bytes found"
         for i in chunk if crc is not None else ():
             assert crc is not None
             if (found := zlib.crc32(views[i])) != crc[i]:
                 return i, f"is damaged, crc32 {found:08x} found and {crc[i]:08x} expected"
-        if finite and not all_finite(out[start : chunk.stop]):
+        if not all_finite(out[start : chunk.stop]):
             return next(i for i in chunk if not all_finite(out[i])), "holds a value that is not finite"
     return None
 
 
-def _read_file(paths: list[bytes] | None, i: int, view: memoryview, offset: int) -> int:
-    assert paths is not None
-    fd = os.open(paths[i], os.O_RDONLY)
+def _read_file(path: bytes, size: int, view: memoryview, offset: int) -> int | str:
+    """Bytes read of one row's own file, or what is wrong with it; never through a link, never waiting for a pipe."""
     try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+    try:
+        found = os.fstat(fd)
+        if found.st_size != size or not stat.S_ISREG(found.st_mode):
+            return f"has {found.st_size} bytes, expected a file of {size}"
         return os.preadv(fd, (view,), offset)
     finally:
         os.close(fd)

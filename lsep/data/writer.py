@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lsep.data.manifest import Ids, Kind
+from lsep.data.shards import columns_crc32
 from lsep.data.shards import header as read_header
 from lsep.data.store import FORMAT, VERSION
 from lsep.errors import UserError
@@ -69,11 +70,22 @@ class BlockSource(Protocol):
 
 
 def build(
-    source: BlockSource, out: Path, shard_rows: int = 8192, rank: int = 0, world: int = 1, progress: bool = True
+    source: BlockSource,
+    out: Path,
+    shard_rows: int = 8192,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+    identity: str = "",
 ) -> None:
-    """Write `source` as a store into `out`; processes deal the shards among them, rank 0 writes the manifest."""
+    """Write `source` as a store into `out`; processes deal the shards among them, rank 0 writes the manifest.
+
+    `identity` names what is written: an unfinished build of another one is not continued.
+    """
     from tqdm import tqdm
 
+    if _type_mismatch(source.header):
+        raise UserError(f"{out}: {source.header.kind} of type {source.header.dtype}, expected {_WANTED}")
     if source.rows < 1:
         raise UserError(f"{out}: the source has no rows, expected at least one")
     files = [f"shard-{k:05d}.safetensors" for k in range(-(-source.rows // shard_rows))]
@@ -81,7 +93,7 @@ def build(
         if rank:  # the shards were whole, and rank 0 was faster
             return
         raise UserError(f"{out}: holds a finished store already, expected an empty or a new folder")
-    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows}, rank)
+    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows, "identity": identity}, rank)
     for k in tqdm(range(rank, len(files), world), disable=not progress, unit="shard"):
         if not (out / files[k]).exists():
             stop = min(source.rows, (k + 1) * shard_rows)
@@ -91,6 +103,14 @@ def build(
             time.sleep(0.1)
         write_manifest(out, source.header, [entry_of(out, f, source.header) for f in files])
         (out / _PLAN).unlink()
+
+
+_WANTED = "uint8 for pixels, float32 or float16 for latents"
+
+
+def _type_mismatch(header: Header) -> bool:
+    """Whether the type is none a store of this kind holds."""
+    return header.dtype not in (("uint8",) if header.kind == "pixels" else ("float32", "float16"))
 
 
 _PLAN = "build.json"  # what an unfinished build writes, so that nothing else is continued with it
@@ -179,7 +199,8 @@ def entry_of(folder: Path, file: str, header: Header) -> dict[str, Any]:
     return {
         "file": file, "rows": x.shape[0], "layout": "packed", "offset": x.start,
         "flip_offset": None if flip is None else flip.start, "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(), "columns": file, "non_finite": int(bad.sum()),
+        "sha256": hashlib.sha256(data).hexdigest(), "columns": file, "columns_crc32": columns_crc32(path),
+        "non_finite": int(bad.sum()),
     }  # fmt: skip
 
 
@@ -228,6 +249,9 @@ def write_store(
     shard_rows: int = 8192,
 ) -> None:
     """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store."""
+    for name, column in (("y", y), ("probe_y", probe_y), ("flip", flip)):
+        if column is not None and len(column) != len(x):
+            raise UserError(f"{path}: {name} has {len(column)} rows, expected {len(x)} as x")
     channels = x.shape[1] // 2 if kind == "moments" else x.shape[1]
     header = Header(
         kind, (channels, x.shape[2], x.shape[3]), x.dtype.name, num_classes, probe_classes, class_names, scale, shift,
