@@ -1,0 +1,41 @@
+"""How a Triton kernel becomes a PyTorch operator, and how it runs without a GPU.
+
+On a GPU every operator is a `torch.library.triton_op`: `torch.compile` sees the kernel inside and keeps one graph.
+With TRITON_INTERPRET=1, set before the first import, the same kernels run on the CPU in Triton's interpreter, which
+reads real memory; there the operator is an opaque `custom_op`, which also keeps one graph.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: the operator `lsep::name`, pure (all its results are new tensors)."""
+    register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    return register(f"lsep::{name}", mutates_args=())
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run `kernel` over `grid` in a way that `torch.compile` can look into."""
+    torch.library.wrap_triton(kernel)[grid](*args, **meta)
+
+
+def check(name: str, wanted: tuple[int, ...], **tensors: Tensor) -> None:
+    """Raise ValueError unless every tensor has the shape `wanted` and dense rows."""
+    for key, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name}: {key} is {tuple(tensor.shape)}, expected {wanted}")
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: {key} has stride {tensor.stride(-1)} along its last dimension, expected 1")
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, triton.next_power_of_2(n))
