@@ -130,13 +130,14 @@ def _run_backward(
     gated = gate is not None
     dx = torch.empty_like(x)
     dy = x.new_empty(0) if y is None else torch.empty_like(y)
-    chunks = triton.cdiv(t, TOKENS)
+    tokens = min(t, TOKENS)
+    chunks = triton.cdiv(t, tokens)
     partial = torch.empty(3 if gated else 2, n, chunks, d, dtype=torch.float32, device=x.device)
     launch(
         _backward, (chunks, n),
         x if dsum is None else dsum, dh, x, x if gate is None else gate, x if y is None else y, scale, mean, rstd,
         dx, dy, partial, t, d, 0 if gate is None else gate.stride(0), scale.stride(0),
-        GATED=gated, TOKENS=TOKENS, BLOCK_D=power_of_2(d), **BACKWARD,
+        GATED=gated, TOKENS=tokens, BLOCK_D=power_of_2(d), **BACKWARD,
     )  # fmt: skip
     return dx, dy, partial.sum(2).to(scale.dtype)
 

@@ -7,11 +7,22 @@ Imports torch only.
     B samples, T tokens, D width, H x W token grid
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+
+
+FORMS = ("moments", "samples", "pixels")
+"""What the rows of a data set hold."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 for statistics, sums and losses; float64 stays what it is, as a truth to measure against."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +103,7 @@ def path(t: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise ValueError(f"path is {kind!r}, expected 'linear' or 'cosine'")
 
 
-def interpolate(x: Tensor, t: Tensor, e: Tensor, kind: str = "linear") -> tuple[Tensor, Tensor]:
+def mix(x: Tensor, t: Tensor, e: Tensor, kind: str = "linear") -> tuple[Tensor, Tensor]:
     """`x_t = alpha x + sigma e` and its velocity `v = alpha' x + sigma' e`; x, e `(B, C, H, W)`, t `(B,)`."""
     alpha, sigma, d_alpha, d_sigma = (k.view(-1, *[1] * (x.ndim - 1)) for k in path(t, kind))
     return alpha * x + sigma * e, d_alpha * x + d_sigma * e
@@ -104,9 +115,39 @@ def sample_moments(moments: Tensor, eps: Tensor) -> Tensor:
     return mean + std * eps
 
 
-def velocity_loss(v_pred: Tensor, v: Tensor) -> Tensor:
-    """Mean squared error of each sample, `(B,)` float32."""
-    return (v_pred.float() - v.float()).square().flatten(1).mean(1)
+def interpolate(
+    rows: Tensor, ids: Tensor, epoch: Tensor, t: Tensor, seed: int, form: str, path: str, shift: float, scale: float,
+    streams: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`x_t` and its velocity `v`, both `(B, C, H, W)` float32, of stored rows at times t `(B,)`.
+
+    rows of the form "moments" `(B, 2C, H, W)` are posteriors to sample, "samples" `(B, C, H, W)` latents, both then
+    shifted and scaled; "pixels" `(B, C, H, W)` hold 0 to 255 and become -1 to 1. streams are those of the posterior
+    sample and of the noise, numbers of (seed, epoch, ids), see `normal`; epoch is an int64 scalar.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}, expected one of {FORMS}")
+    x = rows.float()
+    if form == "pixels":
+        x = x / 127.5 - 1
+    elif form == "moments":
+        shape = (rows.shape[1] // 2, *rows.shape[2:])
+        x = (sample_moments(x, normal(seed, streams[0], epoch, ids, shape)) - shift) * scale
+    else:
+        x = (x - shift) * scale
+    return mix(x, t, normal(seed, streams[1], epoch, ids, tuple(x.shape[1:])), path)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """`(N, T, p p C)` on a square grid, channels last inside a patch of side p, to `(N, C, H, W)`."""
+    grid = math.isqrt(x.shape[1])
+    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def velocity_loss(patches: Tensor, v: Tensor, patch: int) -> Tensor:
+    """Mean squared error of each sample, `(N,)` float32: predicted patches `(N, T, p p C)`, v `(N, C, H, W)`."""
+    return (_wide(unpatchify(patches, patch)) - _wide(v)).square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,21 +155,36 @@ def velocity_loss(v_pred: Tensor, v: Tensor) -> Tensor:
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """`LN(x) (1 + scale) + shift` with an affine-free LayerNorm in float32; x `(B, T, D)`, shift and scale `(B, D)`."""
-    h = F.layer_norm(x.float(), (x.shape[-1],), eps=eps)
-    return (h * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(x.dtype)
+    """`LN(x) (1 + scale) + shift` with an affine-free LayerNorm in float32; x `(N, T, D)`, shift and scale `(N, D)`.
+
+    The result has the type of `shift`: a float32 residual stream feeds matrix products in bf16.
+    """
+    h = F.layer_norm(_wide(x), (x.shape[-1],), eps=eps)
+    return (h * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(shift.dtype)
 
 
-def gate_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """`x + gate * branch`; x and branch `(B, T, D)` or `(B, D)`, gate `(B, D)`; the type of x."""
-    gate = gate.float()[:, None] if branch.ndim == 3 else gate.float()
-    return (x.float() + gate * branch.float()).to(x.dtype)
+def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """`x + gate y`; x and y `(N, T, D)` or `(N, D)`, gate `(N, D)`; the type of x."""
+    gate = _wide(gate)[:, None] if y.ndim == 3 else _wide(gate)
+    return (_wide(x) + gate * _wide(y)).to(x.dtype)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`x' = x + gate y` and `norm_modulate(x', shift, scale)`: the seam between two halves of a block."""
+    x = gate_residual(x, gate, y)
+    return x, norm_modulate(x, shift, scale, eps)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention over packed `qkv` (B, T, 3D), head-major inside each third; returns `(B, T, D)`."""
+    """softmax(q k^T / sqrt(head_dim)) v over packed `qkv` (B, T, 3D), head-major inside each third; `(B, T, D)`.
+
+    The softmax is float32 and its result rounded to the type of qkv, as in fused kernels.
+    """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D / heads)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    scores = _wide(q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +207,8 @@ def window_weights(size: Tensor, top: Tensor, left: Tensor, grid: tuple[int, int
 def pool(x: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum over tokens in float32: x `(B, T, D)`, weights `(B, T)` -> `(B, D)` float32."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch.bmm(weights[:, None], x.float())[:, 0]
+        x = _wide(x)
+        return torch.bmm(weights[:, None].to(x.dtype), x)[:, 0]
 
 
 def gelu_pool(h: Tensor, weights: Tensor) -> Tensor:
@@ -161,4 +218,82 @@ def gelu_pool(h: Tensor, weights: Tensor) -> Tensor:
 
 def probe_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each sample in float32: logits `(B, classes)`, labels `(B,)` int64 -> `(B,)`."""
-    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+    return F.cross_entropy(_wide(logits), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def probe_head(
+    features: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
+    sample_weight: Tensor, label_smoothing: float, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sum over samples of `sample_weight` times cross-entropy of the classifier, float32 scalar, and hits `(B,)` bool.
+
+    The classifier is LayerNorm in float32 and a linear map: features `(B, D)`, norm_weight and norm_bias `(D,)`, weight
+    `(K, D)`, bias `(K,)`, labels `(B,)` int64, sample_weight `(B,)`. The product takes operands of `dtype`, by default
+    the type of `weight`; its bias is added in float32. Of equal logits the lowest class wins.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        h = F.layer_norm(_wide(features), norm_weight.shape, _wide(norm_weight), _wide(norm_bias), eps=1e-5)
+        dtype = dtype or weight.dtype
+        logits = _wide(F.linear(h.to(dtype), weight.to(dtype))) + _wide(bias)
+    ce = probe_cross_entropy(logits, labels, label_smoothing)
+    return (sample_weight.detach() * ce).sum(), logits.argmax(-1) == labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def adamw_ema(
+    params: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    emas: list[list[Tensor]],
+    weights: list[Tensor] | None,
+    grads: list[Tensor | None],
+    lr: Tensor,
+    step_count: Tensor,
+    skipped: Tensor,
+    *,
+    group: list[int],
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: list[float],
+    max_norm: float,
+    ema_decays: list[float],
+) -> Tensor:
+    """Clipping, AdamW (Loshchilov & Hutter, ICLR 2019), averages and weight copies, in place; the norm before clipping.
+
+    params and moments float32; `emas` holds one list like params for each of `ema_decays`; weights receive the new
+    params in their own type; a gradient may be None, its tensor and moments then stay. lr `(groups,)` float32,
+    step_count and skipped int64 scalars on the device; `group` gives each tensor's entry of lr and weight_decay. Where
+    the square of the norm is not finite in float32, `skipped` grows by one and nothing else changes.
+    """
+    with torch.no_grad():
+        # Squares are summed in float64: on CPUs a sum of 10^4 in float32 is already 10^-6 off.
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads if g is not None]
+        norm = torch.linalg.vector_norm(torch.stack(norms or [lr.new_zeros((), dtype=torch.float64)])).float()
+        finite = torch.isfinite(norm * norm)
+        norm = torch.where(finite, norm, norm * norm)
+        step_count += finite
+        skipped += ~finite
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1)
+        bias1, bias2 = (1 - beta ** step_count.double() for beta in betas)
+        step_size = (lr.double() / bias1).float()
+        root2 = bias2.sqrt().float()
+
+        def assign(old: Tensor, new: Tensor) -> None:
+            old.copy_(torch.where(finite, new.to(old.dtype), old))
+
+        for i, (p, m, v, g) in enumerate(zip(params, exp_avg, exp_avg_sq, grads, strict=True)):
+            if g is not None:
+                g = g.float() * clip
+                decay = (lr[group[i]].double() * weight_decay[group[i]]).float()
+                assign(m, torch.lerp(m, g, 1 - betas[0]))
+                assign(v, betas[1] * v + (1 - betas[1]) * g * g)
+                # Not p * (1 - decay): its rounding, the same every step, would add up.
+                assign(p, p - (decay * p + step_size[group[i]] * m / (v.sqrt() / root2 + eps)))
+            for average, keep in zip(emas, ema_decays, strict=True):
+                assign(average[i], torch.lerp(average[i], p, 1 - keep))
+            if weights is not None:
+                assign(weights[i], p)
+        return norm

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lsep.errors import UserError
 from lsep.objective import Objective
+from lsep.optim import Optimizer
 
 _FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -39,7 +40,7 @@ def weights(objective: nn.Module) -> dict[str, Tensor]:
 
 
 def save(
-    folder: Path, progress: Progress, objective: Objective, ema: Objective, optimizer: torch.optim.Optimizer
+    folder: Path, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer
 ) -> Path:
     """Write the checkpoint of `progress.step` into `folder`; raises UserError when the disk does not take it."""
     target = folder / f"{progress.step:07d}"
@@ -49,7 +50,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, tensors in zip(
-            _FILES, (weights(objective), weights(ema), _optimizer_tensors(objective, optimizer)), strict=True
+            _FILES, (weights(objective), weights(ema), optimizer.tensors()), strict=True
         ):
             _write_tensors(temporary / name, tensors)
         sizes = {name: (temporary / name).stat().st_size for name in _FILES}
@@ -91,11 +92,6 @@ def _flush(path: Path) -> None:
         os.close(fd)
 
 
-def _optimizer_tensors(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {p: n.removeprefix("model.") for n, p in objective.named_parameters()}
-    return {f"{key}.{names[p]}": v for p, state in optimizer.state.items() for key, v in state.items()}
-
-
 def steps(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not folder.is_dir():
@@ -120,20 +116,15 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def load(path: Path, objective: Objective, ema: Objective, optimizer: torch.optim.Optimizer) -> Progress:
+def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer) -> Progress:
     """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit."""
     state = _read_state(path)
     load_weights(path / "model.safetensors", objective)
     load_weights(path / "ema.safetensors", ema)
-    tensors = read_tensors(path / "optimizer.safetensors")
-    for name, p in objective.named_parameters():
-        name = name.removeprefix("model.")
-        # A parameter that never had a gradient (a probe switched off from the start) has no state.
-        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
-        if keys:
-            optimizer.state[p] = {k: tensors.pop(f"{k}.{name}").to(p.device) for k in keys}
-    if tensors:
-        raise UserError(f"{path / 'optimizer.safetensors'}: unknown tensor {next(iter(tensors))!r}")
+    try:
+        optimizer.load(read_tensors(path / "optimizer.safetensors"))
+    except UserError as error:
+        raise UserError(f"{path / 'optimizer.safetensors'}: {error}") from None
     return Progress(state["step"], state["seconds"])
 
 

@@ -171,6 +171,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class BackendConfig:
+    """Which implementation computes what; the mathematics is the same (`lsep doctor` shows what `auto` means here)."""
+
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Operations of the block, the probe and the loss: Triton kernels or plain PyTorch; auto is Triton on a GPU."""
+    attention: Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"] = "auto"
+    """Attention; auto takes the Triton kernel for up to 256 tokens on a GPU, otherwise cuDNN or SDPA."""
+    optimizer: Literal["auto", "csrc", "torch", "apex", "reference"] = "auto"
+    """Clipping, AdamW and EMA; auto is csrc on a GPU where it is built, otherwise torch."""
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How samples are drawn from the EMA weights."""
 
@@ -200,6 +212,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     @property
@@ -319,6 +332,7 @@ FREE_ON_RESUME = {
 def differences(old: Config, new: Config) -> list[str]:
     """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
     free = FREE_ON_RESUME | {f"sample.{f.name}" for f in fields(SampleConfig)}
+    free |= {f"backend.{f.name}" for f in fields(BackendConfig)}  # the same function, in another rounding
     if new.optim.schedule == "constant":
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
     before, after = flat(old), flat(new)

@@ -5,6 +5,7 @@ batch shares, of (seed, step)), never of the rank or of what a process has run: 
 same numbers.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -13,7 +14,11 @@ from torch import Tensor
 
 from lsep.config import InterpolantConfig
 from lsep.data.manifest import Manifest
-from lsep_kernels.reference import interpolate, normal, path, sample_moments, uniform
+from lsep_kernels import reference
+from lsep_kernels.reference import normal, path, uniform
+
+Interpolate = Callable[..., tuple[Tensor, Tensor]]
+"""An operation like `reference.interpolate`."""
 
 
 class Stream(IntEnum):
@@ -37,15 +42,6 @@ class Noised(NamedTuple):
     v: Tensor
 
 
-def to_latent(x: Tensor, manifest: Manifest, seed: int, epoch: Tensor, ids: Tensor) -> Tensor:
-    """Stored rows `(B, *row_shape)` to what the model is trained on `(B, C, H, W)` float32."""
-    if manifest.kind == "pixels":
-        return x.float() / 127.5 - 1
-    if manifest.kind == "moments":
-        x = sample_moments(x, normal(seed, Stream.POSTERIOR, epoch, ids, manifest.shape))
-    return (x.float() - manifest.shift) * manifest.scale
-
-
 def draw_times(config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor) -> Tensor:
     """Training times `(B,)` in [0, 1]."""
     if config.time == "uniform":
@@ -54,11 +50,16 @@ def draw_times(config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor)
     return torch.sigmoid(z * config.time_std + config.time_mean)
 
 
-def noise(x: Tensor, config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor) -> Noised:
-    """Draw t and noise for clean latents x `(B, C, H, W)`."""
+def noise(
+    rows: Tensor, manifest: Manifest, config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor,
+    interpolate: Interpolate = reference.interpolate,
+) -> Noised:  # fmt: skip
+    """Draw t and noise for stored rows `(B, *row_shape)`, whose posterior is sampled anew at every visit."""
     t = draw_times(config, seed, epoch, ids)
-    e = normal(seed, Stream.NOISE, epoch, ids, tuple(x.shape[1:]))
-    x_t, v = interpolate(x, t, e, config.path)
+    streams = (int(Stream.POSTERIOR), int(Stream.NOISE))
+    x_t, v = interpolate(
+        rows, ids, epoch, t, seed, manifest.kind, config.path, manifest.shift, manifest.scale, streams
+    )
     return Noised(x_t, t, v)
 
 

@@ -6,12 +6,14 @@ Parameter names are those of the published weights (`blocks.0.attn.qkv.weight`, 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lsep.config import Config
-from lsep_kernels.reference import attention, gate_residual, gelu_pool, norm_modulate, pool
+from lsep_kernels.ops import REFERENCE, Ops
+from lsep_kernels.reference import gate_residual, unpatchify
 
 
 class PatchEmbed(nn.Module):
@@ -56,9 +58,9 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, `(N, T, D)` -> `(N, T, D)`."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, ops: Ops) -> None:
         super().__init__()
-        self.num_heads = heads
+        self.num_heads, self.ops = heads, ops
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else None
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else None
@@ -69,7 +71,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=2).flatten(2)
-        return self.proj(attention(qkv, self.num_heads))
+        return self.proj(self.ops.attention(qkv, self.num_heads))
 
 
 class Mlp(nn.Module):
@@ -85,54 +87,88 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """adaLN-Zero block: tokens x `(N, T, D)`, conditioning c `(N, D)`."""
+class Modulation(NamedTuple):
+    """What conditions one block, `(N, D)` each."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class Block(nn.Module):
+    """adaLN-Zero block.
+
+    Its parts meet in one operation, gate + residual + LayerNorm + modulation, and so do two blocks: a block takes the
+    residual stream x `(N, T, D)` with its own modulated input h, and hands on the stream with the next norm's output,
+    whose shift and scale come as `following`.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, ops: Ops) -> None:
         super().__init__()
-        self.attn = Attention(width, heads, qk_norm)
+        self.ops = ops
+        self.attn = Attention(width, heads, qk_norm, ops)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def _attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The attention half: tokens after it, the MLP's modulated input `(N, T, D)` and its gate `(N, D)`."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = gate_residual(x, gate1, self.attn(norm_modulate(x, shift1, scale1)))
-        return x, norm_modulate(x, shift2, scale2), gate2
+    def modulation(self, c: Tensor) -> Modulation:
+        """From the conditioning c `(N, D)`."""
+        return Modulation(*self.adaLN_modulation(c).chunk(6, dim=-1))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x, h, gate = self._attend(x, c)
-        return gate_residual(x, gate, self.mlp(h))
+    def forward(
+        self, x: Tensor, h: Tensor, m: Modulation, following: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        x, h = self.ops.gate_residual_norm_modulate(x, m.gate1, self.attn(h), m.shift2, m.scale2)
+        return self.ops.gate_residual_norm_modulate(x, m.gate2, self.mlp(h), *following)
 
-    def forward_probed(self, x: Tensor, c: Tensor, extra: int, window: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, but the last `extra` rows leave here, pooled before `fc2`.
+    def forward_probed(
+        self,
+        x: Tensor,
+        h: Tensor,
+        m: Modulation,
+        following: tuple[Tensor, Tensor],
+        window: Tensor,
+        pool_before_fc2: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, but the last `len(window)` rows leave here, pooled before `fc2`.
 
         `fc2` is linear and its gate constant over tokens, and the window's weights sum to 1, so
         pool(x + gate (GELU(h) W + b)) = pool(x) + gate (pool(GELU(h)) W + b): one row a sample instead of T.
 
-        Returns the other rows' tokens `(N - extra, T, D)` and the pooled features `(extra, D)` float32.
+        Returns stream and next input of the other rows and the pooled features `(len(window), D)` float32.
         """
+        x, h = self.ops.gate_residual_norm_modulate(x, m.gate1, self.attn(h), m.shift2, m.scale2)
         # split, not slices: the backward of a slice fills a tensor of the full size with zeros.
-        rows = [len(x) - extra, extra]
-        x, h, gate = self._attend(x, c)
-        (x_main, x_extra), (gate_main, gate_extra) = x.split(rows), gate.split(rows)
-        h_main, h_extra = self.mlp.fc1(h).split(rows)
-        pooled = self.mlp.fc2(gelu_pool(h_extra, window))
-        features = gate_residual(pool(x_extra, window), gate_extra, pooled)
-        return gate_residual(x_main, gate_main, self.mlp.fc2(self.mlp.act(h_main))), features
+        rows = [len(x) - len(window), len(window)]
+        (x, x_extra), (gate, gate_extra) = x.split(rows), m.gate2.split(rows)
+        hidden, hidden_extra = self.mlp.fc1(h).split(rows)
+        if pool_before_fc2:
+            pooled = self.mlp.fc2(self.ops.gelu_pool(hidden_extra, window))
+            features = gate_residual(self.ops.pool(x_extra, window), gate_extra, pooled)
+        else:
+            branch = self.mlp.fc2(self.mlp.act(hidden_extra))
+            features = self.ops.pool(gate_residual(x_extra, gate_extra, branch), window)
+        branch = self.mlp.fc2(self.mlp.act(hidden))
+        return *self.ops.gate_residual_norm_modulate(x, gate, branch, *following), features
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear map to patches, `(N, T, D)` -> `(N, T, p p C)`."""
+    """adaLN, applied by the last block, and a linear map to patches, `(N, T, D)` -> `(N, T, p p C)`."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def modulation(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale `(N, D)` from the conditioning c `(N, D)`."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(norm_modulate(x, shift, scale))
+        return shift, scale
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h)
 
 
 class SiT(nn.Module):
@@ -140,74 +176,86 @@ class SiT(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: Config) -> None:
-        """`config` must be resolved: input_size, in_channels and num_classes known."""
+    def __init__(self, config: Config, ops: Ops = REFERENCE) -> None:
+        """`config` must be resolved: input_size, in_channels and num_classes known. `ops` computes what it is made of."""
         super().__init__()
         m = config.model
         assert m.in_channels is not None and m.num_classes is not None
-        self.patch_size, self.null_class = m.patch_size, m.num_classes
+        self.patch_size, self.null_class, self.ops = m.patch_size, m.num_classes, ops
         self.fp32_residual = config.train.fp32_residual
         self.x_embedder = PatchEmbed(m.in_channels, m.hidden_size, m.patch_size)
         self.t_embedder = TimestepEmbedder(m.hidden_size)
         self.y_embedder = LabelEmbedder(m.num_classes, m.hidden_size)
         self.register_buffer("pos_embed", sincos_positions(config.grid, m.hidden_size)[None])
         self.blocks = nn.ModuleList(
-            Block(m.hidden_size, m.num_heads, m.mlp_ratio, m.qk_norm) for _ in range(m.depth)
+            Block(m.hidden_size, m.num_heads, m.mlp_ratio, m.qk_norm, ops) for _ in range(m.depth)
         )  # fmt: skip
         self.final_layer = FinalLayer(m.hidden_size, m.patch_size**2 * m.in_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of x, both `(N, C, H, W)`, at times t `(N,)` under labels y `(N,)`; `null_class` is no label."""
-        h = self._tokens(x)
+        return unpatchify(self.patches(x, t, y), self.patch_size)
+
+    def patches(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The velocity as patches `(N, T, p p C)`, see `unpatchify`."""
         c = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks:
-            h = block(h, c)
-        return self._unpatchify(self.final_layer(h, c))
+        modulations, following = self._modulations(c, c, 0)
+        x = self._tokens(x)
+        h = self.ops.norm_modulate(x, *modulations[0][:2])
+        for block, m, after in zip(self.blocks, modulations, following, strict=True):
+            x, h = block(x, h, m, after)
+        return self.final_layer(h)
 
     def forward_with_probe(
         self, x: Tensor, t: Tensor, y: Tensor, extra_y: Tensor, depth: int, window: Tensor, pool_before_fc2: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and pooled features of block `depth`, in one pass.
+        """Velocity as patches and pooled features of block `depth`, in one pass.
 
         The last `len(extra_y)` of the N samples go through the first `depth` blocks a second time, under the labels
         `extra_y`, appended to the batch: one set of matmuls of N + extra rows. The probe reads those rows for these
         samples and the main pass for the others.
 
-        window `(N, T)` holds each sample's pooling weights. Returns v `(N, C, H, W)` and features `(N, D)` float32.
+        window `(N, T)` holds each sample's pooling weights. Returns `(N, T, p p C)` and `(N, D)` float32.
         """
-        n, extra = len(x), len(extra_y)
-        keep = n - extra
-        h = self._tokens(x)
+        keep, extra = len(x) - len(extra_y), len(extra_y)
         t_emb = self.t_embedder(t)
-        c_main = t_emb + self.y_embedder(y)
-        c = torch.cat([c_main, t_emb[keep:] + self.y_embedder(extra_y)])
-        h = torch.cat([h, h[keep:]])
-        last = depth - 1 if pool_before_fc2 else depth
-        for block in self.blocks[:last]:
-            h = block(h, c)
-        if pool_before_fc2:
-            probed = self.blocks[last]
-            assert isinstance(probed, Block)
-            h, extra_features = probed.forward_probed(h, c, extra, window[keep:])
-        else:
-            h, h_extra = h.split([n, extra])
-            extra_features = pool(h_extra, window[keep:])
-        features = torch.cat([pool(h[:keep], window[:keep]), extra_features])
-        for block in self.blocks[depth:]:
-            h = block(h, c_main)
-        return self._unpatchify(self.final_layer(h, c_main)), features
+        c = t_emb + self.y_embedder(y)
+        x, joint = self._tokens(x), c
+        if extra:
+            x, joint = torch.cat([x, x[keep:]]), torch.cat([c, t_emb[keep:] + self.y_embedder(extra_y)])
+        modulations, following = self._modulations(c, joint, depth)
+        h = self.ops.norm_modulate(x, *modulations[0][:2])
+        features = []
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            if i == depth - 1 and extra:
+                probed = block.forward_probed(x, h, modulations[i], following[i], window[keep:], pool_before_fc2)
+                x, h, extra_features = probed
+                features.append(extra_features)
+            else:
+                x, h = block(x, h, modulations[i], following[i])
+            if i == depth - 1 and keep:
+                features.insert(0, self.ops.pool(x[:keep], window[:keep]))
+        return self.final_layer(h), torch.cat(features)
+
+    def _modulations(
+        self, c: Tensor, joint: Tensor, depth: int
+    ) -> tuple[list[Modulation], list[tuple[Tensor, Tensor]]]:
+        """Of every block, its modulation and the shift and scale of the norm after it.
+
+        The first `depth` blocks are conditioned on `joint`, the others and the final layer on `c`.
+        """
+        modulations = []
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            modulations.append(block.modulation(joint if i < depth else c))
+        return modulations, [(m.shift1, m.scale1) for m in modulations[1:]] + [self.final_layer.modulation(c)]
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Embedded patches with their positions `(N, T, D)`, in the type of the residual stream."""
         h = self.x_embedder(x)
         # Under autocast h is bf16 and the positions float32: their sum alone would make the stream float32.
         return (h + self.pos_embed).to(torch.float32 if self.fp32_residual else h.dtype)
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """`(N, T, p p C)`, channels last inside a patch, to `(N, C, H, W)`."""
-        p, grid = self.patch_size, math.isqrt(x.shape[1])
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (grid, grid))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def initialize(self, generator: torch.Generator) -> None:
         """DiT's initialisation: Xavier matrices, zero gates and zero output, so that every block starts as identity."""

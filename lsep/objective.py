@@ -15,7 +15,8 @@ from lsep.data.manifest import Manifest
 from lsep.interpolant import Stream
 from lsep.model import SiT
 from lsep.plan import BranchPlan
-from lsep_kernels.reference import probe_cross_entropy, uniform, velocity_loss
+from lsep_kernels.ops import REFERENCE, Ops
+from lsep_kernels.reference import uniform
 
 TIME_BINS = 10
 """Bins of t in the statistics of the probe."""
@@ -33,11 +34,11 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """Flow matching and LSEP for one configuration and one data set."""
 
-    def __init__(self, config: Config, manifest: Manifest) -> None:
-        """`config` must be resolved against `manifest`."""
+    def __init__(self, config: Config, manifest: Manifest, ops: Ops = REFERENCE) -> None:
+        """`config` must be resolved against `manifest`; `ops` computes what the step is made of."""
         super().__init__()
-        self.config, self.manifest = config, manifest
-        self.model = SiT(config)
+        self.config, self.manifest, self.ops = config, manifest, ops
+        self.model = SiT(config, ops)
         self.classifier = (
             probe.build_classifier(config.model.hidden_size, manifest.probe_classes) if config.probe.enabled else None
         )
@@ -52,14 +53,14 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, plan: BranchPlan, step: Tensor, epoch: Tensor) -> Losses:
         """Losses of one micro-batch; `step` and `epoch` are int64 scalars on the device."""
         config, seed = self.config, self.config.train.seed
-        x = interpolant.to_latent(batch.x, self.manifest, seed, epoch, batch.id)
-        noised = interpolant.noise(x, config.interpolant, seed, epoch, batch.id)
+        noised = interpolant.noise(
+            batch.x, self.manifest, config.interpolant, seed, epoch, batch.id, self.ops.interpolate
+        )
         if not plan.probe:
             y = self._drop_first(batch.y, plan.null)
-            v_pred = self.model(noised.x_t, noised.t, y)
-            denoising = velocity_loss(v_pred, noised.v).mean()
+            denoising = self._denoising(self.model.patches(noised.x_t, noised.t, y), noised.v)
             zero = torch.zeros_like(denoising)
-            return Losses(denoising, denoising, zero, torch.zeros(2, TIME_BINS, device=x.device))
+            return Losses(denoising, denoising, zero, torch.zeros(2, TIME_BINS, device=zero.device))
         y, extra_y, unlabelled = self.label_states(batch, plan, epoch)
         window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id)
         return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch)
@@ -97,34 +98,40 @@ class Objective(nn.Module):
         """Both losses for given noise, label states and windows."""
         config = self.config.probe
         assert self.classifier is not None
-        v_pred, features = self.model.forward_with_probe(
+        patches, features = self.model.forward_with_probe(
             noised.x_t, noised.t, y, extra_y, config.depth, window, config.pool_before_fc2
         )
-        logits = self.classifier(features)
-        ce = probe_cross_entropy(logits, probe_y, config.label_smoothing)
         weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight)
         weight = weight * probe.time_weights(config, noised.t)
-        lsep = (weight * ce).sum() * probe.epoch_factor(config, epoch)
-        denoising = velocity_loss(v_pred, noised.v).mean()
+        norm, linear = self.classifier
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else None
+        lsep, hit = self.ops.probe_head(
+            features, norm.weight, norm.bias, linear.weight, linear.bias,
+            probe_y, weight, config.label_smoothing, dtype,
+        )  # fmt: skip
+        lsep = lsep * probe.epoch_factor(config, epoch)
+        denoising = self._denoising(patches, noised.v)
         return Losses(
             denoising + lsep,
             denoising.detach(),
             lsep.detach(),
-            _hits(logits.detach(), probe_y, unlabelled, noised.t),
+            _hits(hit, unlabelled, noised.t),
         )
+
+    def _denoising(self, patches: Tensor, v: Tensor) -> Tensor:
+        return self.ops.velocity_loss(patches, v, self.model.patch_size).mean()
 
     def _drop_first(self, y: Tensor, count: int) -> Tensor:
         place = torch.arange(len(y), device=y.device)
         return torch.where(place < count, self.model.null_class, y)
 
 
-def _hits(logits: Tensor, labels: Tensor, counted: Tensor, t: Tensor) -> Tensor:
+def _hits(hit: Tensor, counted: Tensor, t: Tensor) -> Tensor:
     """Hits and counts of the samples `counted`, for each bin of t: `(2, TIME_BINS)` float32.
 
     Only unlabelled samples count: with the label in the conditioning, accuracy says nothing about the features.
     """
     bins = (t * TIME_BINS).to(torch.int64).clamp(max=TIME_BINS - 1)
-    hit = (logits.argmax(-1) == labels) & counted
     sums = torch.zeros(2, TIME_BINS, device=t.device)
-    values = torch.stack([hit, counted]).to(torch.float32)
+    values = torch.stack([hit & counted, counted]).to(torch.float32)
     return sums.scatter_add(1, bins.expand(2, -1), values)

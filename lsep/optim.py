@@ -1,27 +1,48 @@
-"""AdamW with a group of its own for the probe, gradient clipping, learning-rate schedule and EMA."""
+"""The update: clipping, AdamW with a group of its own for the probe, learning-rate schedule and EMA.
+
+One interface over four implementations (`lsep.backends` chooses): `csrc` and `reference` do everything in one operation
+(`lsep_kernels.adamw_ema`), `torch` and `apex` are library optimizers with clipping before and averaging after them.
+A checkpoint holds the same tensors whichever wrote it.
+"""
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lsep.config import OptimConfig
+from lsep.errors import UserError
 from lsep.objective import Objective
+from lsep_kernels import reference
+from lsep_kernels.adamw_ema import AdamwEma
+
+Named = dict[str, nn.Parameter]
 
 
-def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the backbone (group 0) and the probe's classifier (group 1, `probe_lr`)."""
-    groups = [{"params": list(objective.model.parameters()), "base_lr": config.lr}]
-    if objective.classifier is not None:
-        groups.append({"params": list(objective.classifier.parameters()), "base_lr": config.probe_lr})
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+class Optimizer(Protocol):
+    """What a training step needs of an optimizer."""
+
+    def step(self, factor: float) -> Tensor:
+        """Clip, update all weights at `factor` times their base rate, average them, drop the gradients.
+
+        Returns the gradient norm before clipping, on the device. Where it is not finite nothing is updated (with apex,
+        everything is).
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state: `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` of every parameter that has one."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take a state over; raises UserError for a tensor of no parameter."""
+
+
+def build_optimizer(objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> Optimizer:
+    """The implementation `by` over the backbone (group 0) and the probe's classifier (group 1, `probe_lr`)."""
+    if by in ("csrc", "reference"):
+        return OneOperation(objective, ema, config, by)
+    return LibraryOptimizer(objective, ema, config, by)
 
 
 def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
@@ -34,15 +55,129 @@ def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_step(
-    optimizer: torch.optim.AdamW, ema: nn.Module, objective: nn.Module, config: OptimConfig, factor: float
-) -> Tensor:
-    """Clip, update all weights, average them; returns the gradient norm before clipping, on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(objective.parameters()), 1 - config.ema_decay)
-    return norm
+def _named(objective: Objective) -> Named:
+    """Parameters under their published names."""
+    return {n.removeprefix("model."): p for n, p in objective.named_parameters()}
+
+
+def _is_probe(name: str) -> bool:
+    return name.startswith("classifier.")
+
+
+class LibraryOptimizer:
+    """torch's fused AdamW or apex's FusedAdam, between clipping and the EMA."""
+
+    def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
+        self.config, self.by, self.named = config, by, _named(objective)
+        self.averages = list(ema.parameters())
+        groups = []
+        for probe, rate in ((False, config.lr), (True, config.probe_lr)):
+            params = [p for n, p in self.named.items() if _is_probe(n) == probe]
+            if params:
+                groups.append({"params": params, "base_lr": rate})
+        settings: dict[str, Any] = {
+            "lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }  # fmt: skip
+        if by == "apex":
+            from apex.optimizers import FusedAdam
+
+            self.optimizer = FusedAdam(groups, adam_w_mode=True, **settings)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+
+    def step(self, factor: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.config.clip)
+        if self.by == "torch":  # its kernel leaves weights and state alone where this is 1, without a host sync
+            self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, list(self.named.values()), 1 - self.config.ema_decay)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {}
+        for name, p in self.named.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                out[f"{key}.{name}"] = value
+        if self.by == "apex":  # it counts once a group
+            for group in self.optimizer.param_groups:
+                for name, p in self.named.items():
+                    if "step" in group and any(p is q for q in group["params"]) and f"exp_avg.{name}" in out:
+                        out[f"step.{name}"] = torch.tensor(float(group["step"]))
+        return out
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, p, state in _states(self.named, tensors):
+            step = state.pop("step")
+            if self.by == "torch":
+                self.optimizer.state[p] = {"step": step.to(p.device), **state}
+                continue
+            self.optimizer.state[p] = state
+            self.optimizer.param_groups[-1 if _is_probe(name) else 0]["step"] = int(step)
+
+
+class OneOperation:
+    """Clipping, AdamW and EMA of all tensors together: csrc's two launches, or the same in plain PyTorch."""
+
+    def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
+        self.named = _named(objective)
+        params = list(self.named.values())
+        device = params[0].device
+        self.moments = [[torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params] for _ in range(2)]
+        averages, group = list(ema.parameters()), [int(_is_probe(n)) for n in self.named]
+        # On the device, so that the schedule is seen by a CUDA graph too.
+        self.base_lr = torch.tensor([config.lr, config.probe_lr], device=device)
+        self.lr = self.base_lr.clone()
+        lists = params, *self.moments, [averages], None
+        settings: dict[str, Any] = {
+            "group": group, "betas": (config.beta1, config.beta2), "eps": config.eps,
+            "weight_decay": [config.weight_decay] * 2, "max_norm": config.clip, "ema_decays": [config.ema_decay],
+        }  # fmt: skip
+        self.update: Callable[[list[Tensor | None], Tensor], Tensor]
+        if by == "csrc":
+            fused = AdamwEma(*lists, **settings)
+            self.step_count, self.update = fused.step_count, fused.step
+        else:
+            self.step_count, skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+            self.update = lambda grads, lr: reference.adamw_ema(
+                *lists, grads, lr, self.step_count, skipped, **settings
+            )
+
+    def step(self, factor: float) -> Tensor:
+        torch.mul(self.base_lr, factor, out=self.lr)
+        norm = self.update([p.grad for p in self.named.values()], self.lr)
+        for p in self.named.values():
+            p.grad = None
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        steps = self.step_count.to(torch.float32)
+        out = {f"step.{name}": steps.clone() for name in self.named}
+        for key, moments in zip(("exp_avg", "exp_avg_sq"), self.moments, strict=True):
+            out |= {f"{key}.{name}": m for name, m in zip(self.named, moments, strict=True)}
+        return out
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        places = {name: i for i, name in enumerate(self.named)}
+        steps = 0
+        for name, _, state in _states(self.named, tensors):
+            steps = max(steps, int(state["step"]))
+            for key, moments in zip(("exp_avg", "exp_avg_sq"), self.moments, strict=True):
+                moments[places[name]].copy_(state[key])
+        self.step_count.fill_(steps)
+
+
+def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
+    """Name, parameter and state of every parameter that `tensors` has one for, on its device."""
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    unknown = tensors.keys() - {f"{key}.{name}" for key in keys for name in named}
+    if unknown:
+        raise UserError(f"unknown tensor {min(unknown)!r} in the optimizer's state")
+    for name, p in named.items():
+        # A parameter that never had a gradient (a probe switched off from the start) has no state.
+        if f"exp_avg.{name}" in tensors:
+            yield name, p, {key: tensors[f"{key}.{name}"].to(p.device) for key in keys}

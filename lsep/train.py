@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lsep import checkpoint
+from lsep import backends, checkpoint
 from lsep.checks import check, resolve
 from lsep.config import Config
 from lsep.data import order
@@ -32,7 +32,7 @@ from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
 from lsep.metrics import Logger, require_wandb
 from lsep.objective import TIME_BINS, Losses, Objective
-from lsep.optim import build_optimizer, optimizer_step, rate_factor
+from lsep.optim import Optimizer, build_optimizer, rate_factor
 from lsep.plan import BranchPlan, branch_plan
 from lsep.run import Run
 
@@ -46,7 +46,7 @@ class State:
     device: torch.device
     objective: Objective
     ema: Objective
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     forward: Callable[[Batch, BranchPlan, Tensor, Tensor], Losses]
     """The objective, compiled or not."""
     plans: dict[bool, list[BranchPlan]]
@@ -83,7 +83,8 @@ def setup(config: Config) -> State:
         config = replace(config, train=replace(config.train, precision=precision))
     shards = config.optim.accumulate
     plans = {probe: [branch_plan(config, i, shards, probe) for i in range(shards)] for probe in (False, True)}
-    objective = Objective(config, source.manifest)
+    chosen = backends.choose(config, device)
+    objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
@@ -99,7 +100,7 @@ def setup(config: Config) -> State:
         device=device,
         objective=objective,
         ema=ema,
-        optimizer=build_optimizer(objective, config.optim),
+        optimizer=build_optimizer(objective, ema, config.optim, chosen.optimizer),
         forward=forward,
         plans=plans,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
@@ -117,7 +118,8 @@ def open_loader(state: State, first: int, last: int) -> Loader:
 def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
     """One optimizer step, without a host sync. `step` counts from 0.
 
-    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t) on the device, see `Losses`.
+    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, 0) on the device, see `Losses`; for a
+    step that was skipped, because its gradient is not finite, zeros and a 1.
     """
     config = state.config
     probe = config.probe.enabled and (config.probe.end_step is None or step < config.probe.end_step)
@@ -132,9 +134,11 @@ def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
         means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
         statistics.append(torch.cat([means, losses.hits.flatten()]))
     rate = rate_factor(step, config.optim, config.train.steps)
-    norm = optimizer_step(state.optimizer, state.ema, state.objective, config.optim, rate)
+    norm = state.optimizer.step(rate)
     total = torch.stack(statistics).sum(0)
-    return torch.cat([total[:2], norm[None], total[2:]])
+    finite = torch.isfinite(norm)
+    total = torch.where(finite, torch.cat([total[:2], norm[None], total[2:]]), 0)
+    return torch.cat([total, (~finite)[None].to(total.dtype)])
 
 
 def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str = "custom") -> Run:
@@ -230,12 +234,12 @@ class _Window:
         """The figures of metrics.jsonl at `step`; the one place where the host waits for the device."""
         assert self.sums is not None
         config, count = self.state.config, step - self.step
-        values = self.sums.tolist()
-        denoising, lsep, norm = (v / count for v in values[:3])
+        *values, skipped = self.sums.tolist()
+        denoising, lsep, norm = (v / (count - skipped) if count > skipped else math.nan for v in values[:3])
         if not math.isfinite(denoising + lsep + norm):
             raise UserError(
-                f"the loss or its gradient is not finite (denoising {denoising}, LSEP {lsep}, gradient norm {norm}) "
-                f"between steps {self.step} and {step}: start another --run-dir with a lower --optim.lr"
+                f"no step from {self.step + 1} to {step} has a finite loss and gradient (means: denoising {denoising}, "
+                f"LSEP {lsep}, gradient norm {norm}): start another --run-dir with a lower --optim.lr"
             )
         hits, counts = values[3 : 3 + TIME_BINS], values[3 + TIME_BINS :]
         seconds = clock.seconds
@@ -248,6 +252,7 @@ class _Window:
             "denoising": denoising,
             "lsep": lsep,
             "grad_norm": norm,
+            "skipped_steps": int(skipped),
             "lr": config.optim.lr * rate_factor(step - 1, config.optim, config.train.steps),
             "probe_accuracy": sum(hits) / sum(counts) if sum(counts) else None,
             "probe_accuracy_by_time": [h / c if c else None for h, c in zip(hits, counts, strict=True)],

@@ -1,11 +1,16 @@
 """What the tests share: a small configuration, small random data, and how errors are measured."""
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before the kernels are imported: they run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, override
 from lsep.data.loader import Batch
@@ -73,3 +78,51 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest deviation as a share of the truth's largest entry."""
     got, truth = got.detach().double(), truth.detach().double()
     return float((got - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
+def assert_as_accurate(got: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor) -> None:
+    """A kernel may be off by twice what plain PyTorch is in the same type, plus 1e-6 of the largest true entry.
+
+    Triton's interpreter cuts bfloat16 off where a GPU rounds, which doubles an error.
+    """
+    assert got.shape == reference.shape == truth.shape
+    assert got.dtype == reference.dtype
+    truth = truth.detach().double()
+    error, allowed = ((x.detach().double() - truth).abs().max() for x in (got, reference))
+    floor = 1e-6 * truth.abs().max()
+    factor = 4 if got.dtype == torch.bfloat16 and not got.is_cuda else 2
+    assert error <= factor * allowed + floor, f"off by {error:.3g}, PyTorch by {allowed:.3g}, floor {floor:.3g}"
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+DOT_TYPES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32, torch.float16]
+"""Types of matrix products: float32 tiles do not fit a GPU's registers, the interpreter is wrong in bfloat16."""
+
+Operation = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal float32 on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(operation: Operation, inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Results of `operation` on copies of `inputs` in `dtype`, and the gradients of all inputs for random ones back."""
+    copies = [x.to(DEVICE, dtype, copy=True).requires_grad_() for x in inputs]
+    out = operation(*copies)
+    results = list(out) if isinstance(out, tuple) else [out]
+    grads = [random(*r.shape, seed=99 + i).to(r) for i, r in enumerate(results)]
+    torch.autograd.backward(results, grads)
+    return [*results, *(c.grad for c in copies if c.grad is not None)]
+
+
+def assert_kernel_is_as_accurate(
+    kernel: Operation, reference: Operation, inputs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Results and all gradients against plain PyTorch's in float64, at most twice as far off as in `dtype`."""
+    got, same_type = run(kernel, inputs, dtype), run(reference, inputs, dtype)
+    truth = run(reference, inputs, torch.float64)
+    assert len(got) == len(same_type) == len(truth)
+    for ours, theirs, true in zip(got, same_type, truth, strict=True):
+        assert_as_accurate(ours, theirs, true)

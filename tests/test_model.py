@@ -96,11 +96,6 @@ def patchwise(x: torch.Tensor, p: int) -> torch.Tensor:
     return torch.stack(patches, 1)
 
 
-def test_unpatchify_inverts_patches() -> None:
-    model, x = build(), torch.randn(2, 3, 8, 8)
-    assert torch.equal(model._unpatchify(patchwise(x, 2)), x)
-
-
 def test_forward_is_the_papers_equations() -> None:
     """A second SiT, written from the equations in float64, on the same weights."""
     model = build().double()

@@ -11,7 +11,7 @@ from lsep.checks import resolve
 from lsep.interpolant import noise
 from lsep.objective import TIME_BINS, Losses, Objective
 from lsep.plan import BranchPlan, branch_plan
-from lsep_kernels.reference import pool, probe_cross_entropy, velocity_loss
+from lsep_kernels.reference import gate_residual, norm_modulate, pool, probe_cross_entropy, velocity_loss
 
 STEP, EPOCH = torch.tensor(3), torch.tensor(0)
 
@@ -32,7 +32,9 @@ def features(objective: Objective, x_t: torch.Tensor, t: torch.Tensor, y: torch.
     model = objective.model
     h, c = model.x_embedder(x_t) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
     for block in model.blocks[: objective.config.probe.depth]:
-        h = block(h, c)
+        m = block.modulation(c)
+        h = gate_residual(h, m.gate1, block.attn(norm_modulate(h, m.shift1, m.scale1)))
+        h = gate_residual(h, m.gate2, block.mlp(norm_modulate(h, m.shift2, m.scale2)))
     return h
 
 
@@ -46,7 +48,7 @@ def test_joint_pass_equals_two_passes(branch: tuple[str, float | None], qk_norm:
         model__qk_norm=qk_norm, probe__label_smoothing=0.1,
     )  # fmt: skip
     config, batch = objective.config, random_batch(10)
-    noised = noise(batch.x, config.interpolant, 0, EPOCH, batch.id)
+    noised = noise(batch.x, MANIFEST, config.interpolant, 0, EPOCH, batch.id)
     y, extra_y, unlabelled = objective.label_states(batch, plan, EPOCH)
     window = probe.draw_windows(config.probe, config.grid, 0, STEP, EPOCH, batch.id)
     joint = objective.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, EPOCH)
@@ -55,7 +57,7 @@ def test_joint_pass_equals_two_passes(branch: tuple[str, float | None], qk_norm:
     keep = 10 - len(extra_y)
     probe_y = torch.cat([y[:keep], extra_y])
     assert torch.equal(unlabelled, probe_y == 5)
-    denoising = velocity_loss(objective.model(noised.x_t, noised.t, y), noised.v).mean()
+    denoising = velocity_loss(objective.model.patches(noised.x_t, noised.t, y), noised.v, 2).mean()
     h = features(objective, noised.x_t, noised.t, probe_y)
     assert objective.classifier is not None
     ce = probe_cross_entropy(objective.classifier(pool(h, window)), batch.probe_y, 0.1)
@@ -80,7 +82,7 @@ def test_paper_term_is_the_mean_of_weighted_cross_entropy() -> None:
     """With the paper's plan the LSEP term is mean_i omega(t_i) CE_i, omega rising over ten bins of t."""
     objective, plan = build(probe__branch="paper")
     batch, config = random_batch(10), objective.config
-    noised = noise(batch.x, config.interpolant, 0, EPOCH, batch.id)
+    noised = noise(batch.x, MANIFEST, config.interpolant, 0, EPOCH, batch.id)
     _, extra_y, _ = objective.label_states(batch, plan, EPOCH)
     window = probe.draw_windows(config.probe, config.grid, 0, STEP, EPOCH, batch.id)
     assert objective.classifier is not None
@@ -94,7 +96,7 @@ def test_paper_term_is_the_mean_of_weighted_cross_entropy() -> None:
 def plan_gradients(objective: Objective, plan: BranchPlan, draws: int) -> torch.Tensor:
     """Gradients of `draws` draws of the label states at fixed noise, on fixed random directions: `(draws, 24)`."""
     config, batch = objective.config, random_batch(10)
-    noised = noise(batch.x, config.interpolant, 0, EPOCH, batch.id)
+    noised = noise(batch.x, MANIFEST, config.interpolant, 0, EPOCH, batch.id)
     window = probe.draw_windows(config.probe, config.grid, 0, STEP, EPOCH, batch.id)
     out = []
     for draw in range(draws):
@@ -124,7 +126,7 @@ def project(objective: Objective, losses: Losses) -> torch.Tensor:
 def expected_gradient(objective: Objective) -> torch.Tensor:
     """The exact expectation over label states: both losses are sums over samples, so three full batches give it."""
     config, batch = objective.config, random_batch(10)
-    noised = noise(batch.x, config.interpolant, 0, EPOCH, batch.id)
+    noised = noise(batch.x, MANIFEST, config.interpolant, 0, EPOCH, batch.id)
     window = probe.draw_windows(config.probe, config.grid, 0, STEP, EPOCH, batch.id)
     plan = branch_plan(resolve(tiny(probe__branch="paper"), MANIFEST))
     null, p, rho = torch.full_like(batch.y, 5), 0.1, 0.9
@@ -198,7 +200,7 @@ def test_term_fades_with_the_epoch() -> None:
     objective, plan = build(probe__decay_start_epoch=2, probe__decay_epochs=10)
     batch = random_batch(10)
     config = objective.config
-    noised = noise(batch.x, config.interpolant, 0, EPOCH, batch.id)
+    noised = noise(batch.x, MANIFEST, config.interpolant, 0, EPOCH, batch.id)
     states = objective.label_states(batch, plan, EPOCH)
     window = probe.draw_windows(config.probe, config.grid, 0, STEP, EPOCH, batch.id)
     values = [

@@ -1,6 +1,7 @@
 """kernels/reference.py against formulas written out another way."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -56,13 +57,13 @@ def test_normal_and_uniform_have_their_moments() -> None:
 def test_velocity_is_the_derivative_of_the_path(kind: str) -> None:
     x, e = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
-    x_t, v = ref.interpolate(x, t, e, kind)
+    x_t, v = ref.mix(x, t, e, kind)
     h = 1e-6
-    numeric = (ref.interpolate(x, t + h, e, kind)[0] - ref.interpolate(x, t - h, e, kind)[0]) / (2 * h)
+    numeric = (ref.mix(x, t + h, e, kind)[0] - ref.mix(x, t - h, e, kind)[0]) / (2 * h)
     assert relative_error(v, numeric) < 1e-8
     zero, one = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    assert torch.allclose(ref.interpolate(x, zero, e, kind)[0], x)
-    assert torch.allclose(ref.interpolate(x, one, e, kind)[0], e)
+    assert torch.allclose(ref.mix(x, zero, e, kind)[0], x)
+    assert torch.allclose(ref.mix(x, one, e, kind)[0], e)
     assert x_t.shape == v.shape == x.shape
 
 
@@ -77,7 +78,7 @@ def test_norm_modulate_and_gate() -> None:
     truth = (x - mean) / torch.sqrt(var + 1e-6) * (1 + scale[:, None]) + shift[:, None]
     assert relative_error(ref.norm_modulate(x, shift, scale), truth) < 1e-6
     assert relative_error(ref.gate_residual(x, gate, truth), x + gate[:, None] * truth) < 1e-6
-    assert ref.norm_modulate(x.bfloat16(), shift, scale).dtype == torch.bfloat16
+    assert ref.norm_modulate(x, shift.bfloat16(), scale.bfloat16()).dtype == torch.bfloat16  # ready for a matmul
 
 
 def test_attention_is_softmax() -> None:
@@ -116,9 +117,14 @@ def test_cross_entropy_smoothing() -> None:
 
 
 def test_velocity_loss_is_the_mean_of_each_sample() -> None:
-    a, b = torch.randn(2, 3, 2, 4, 4)
-    truth = torch.stack([((a[i] - b[i]) ** 2).mean() for i in range(3)])
-    assert relative_error(ref.velocity_loss(a, b), truth) < 1e-6
+    patches, v = torch.randn(3, 4, 2 * 2 * 2), torch.randn(3, 2, 4, 4)  # 2 x 2 patches of side 2, two channels
+    image = torch.empty(3, 2, 4, 4)
+    for token, row, column, channel in product(range(4), range(2), range(2), range(2)):
+        entry = patches[:, token, (row * 2 + column) * 2 + channel]
+        image[:, channel, token // 2 * 2 + row, token % 2 * 2 + column] = entry
+    assert torch.equal(ref.unpatchify(patches, 2), image)
+    truth = torch.stack([((image[i] - v[i]) ** 2).mean() for i in range(3)])
+    assert relative_error(ref.velocity_loss(patches, v, 2), truth) < 1e-6
 
 
 def test_sample_moments() -> None:

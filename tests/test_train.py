@@ -241,8 +241,24 @@ def test_a_run_cut_off_before_its_results_is_finished(store: Path, tmp_path: Pat
     assert run.results()["steps"] == 4 and grid.exists()
 
 
+@pytest.mark.parametrize("optimizer", ["torch", "csrc", "reference"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(store: Path, optimizer: str) -> None:
+    state = setup(tiny(data__path=str(store), backend__optimizer=optimizer))
+    batches = iter(open_loader(state, 0, 3))
+    train_step(state, 0, next(batches))
+    before = {k: v.clone() for k, v in state.objective.state_dict().items()}
+    moments = {k: v.clone() for k, v in state.optimizer.tensors().items()}
+    (batch,) = next(batches)
+    skipped = train_step(state, 1, [batch._replace(x=torch.full_like(batch.x, torch.nan))])
+    assert skipped[-1] == 1 and not skipped[:-1].any()
+    assert_same_bits(before, state.objective.state_dict())
+    assert_same_bits(moments, state.optimizer.tensors())
+    done = train_step(state, 2, next(batches))
+    assert done[-1] == 0 and done[0] > 0 and done[2] > 0
+
+
 def test_infinite_loss_stops_with_the_step(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not finite .* between steps 0 and 2"):
+    with pytest.raises(UserError, match="no step from 3 to 4 has a finite loss and gradient"):
         train(tiny(data__path=str(store), optim__lr=1e30, optim__clip=1e30), tmp_path / "run")
 
 

@@ -1,0 +1,94 @@
+"""Attention by libraries, all with the signature of `attention.attention`: SDPA, its cuDNN backend, flash-attn.
+
+Each but SDPA has a function `missing_...` that says in one sentence why it cannot be used here, or None.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # (B, T, heads, head_dim)
+    return q, k, v
+
+
+def sdpa(qkv: Tensor, num_heads: int) -> Tensor:
+    """`scaled_dot_product_attention` with the backend torch chooses; qkv `(B, T, 3 D)` -> `(B, T, D)`."""
+    q, k, v = (x.transpose(1, 2) for x in _heads(qkv, num_heads))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def cudnn(qkv: Tensor, num_heads: int) -> Tensor:
+    """SDPA restricted to cuDNN's kernels."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(qkv, num_heads)
+
+
+def missing_cudnn(device: torch.device, head: int, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"cuDNN needs a GPU, and the device is {device.type}"
+    if not torch.backends.cudnn.is_available():
+        return "torch was built without cuDNN"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "cuDNN's attention needs compute capability 8.0 or newer"
+    if head % 8 or head > 128:
+        return f"head_dim is {head}, expected a multiple of 8 up to 128"
+    if dtype == torch.float32:
+        return "the type is float32, expected float16 or bfloat16"
+    return None
+
+
+def _flash_modules() -> dict[int, str]:
+    """Modules of the flash-attn generations installed here: 2, 3 (Hopper) and 4 (CuTe)."""
+    found = {}
+    if importlib.util.find_spec("flash_attn_2_cuda") is not None:
+        found[2] = "flash_attn"
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        found[3] = "flash_attn_interface"
+    if importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None:
+        found[4] = "flash_attn.cute"
+    return found
+
+
+def _flash_problem(generation: int, capability: tuple[int, int], head: int) -> str | None:
+    if generation == 3 and capability[0] != 9:
+        return f"flash-attn 3 runs on sm_90 only, found sm_{capability[0]}{capability[1]}"
+    if generation == 4 and head % 32:
+        # Pull request 2896 (sm_90: dQ silently wrong) and 2715 (sm_100: an error), both open in September 2026.
+        return f"flash-attn 4 has a wrong or failing backward at head_dim {head} (flash-attention#2896): install 2 or 3"
+    return None
+
+
+def choose_flash(device: torch.device, head: int, dtype: torch.dtype) -> int | str:
+    """The flash-attn generation to use, the newest that is right for this device and head; or why there is none."""
+    if device.type != "cuda":
+        return f"flash-attn needs a GPU, and the device is {device.type}"
+    if dtype == torch.float32:
+        return "the type is float32, expected float16 or bfloat16"
+    modules = _flash_modules()
+    if not modules:
+        return f"flash-attn is not installed: {FLASH_INSTALL}"
+    capability = torch.cuda.get_device_capability(device)
+    problems = {g: _flash_problem(g, capability, head) for g in modules}
+    usable = [g for g, problem in problems.items() if problem is None]
+    return max(usable) if usable else "; ".join(p for p in problems.values() if p)
+
+
+def flash(generation: int) -> Callable[[Tensor, int], Tensor]:
+    """Attention by `flash_attn_func` of an installed generation."""
+    function: Any = importlib.import_module(_flash_modules()[generation]).flash_attn_func
+
+    def flash_attention(qkv: Tensor, num_heads: int) -> Tensor:
+        out = function(*_heads(qkv, num_heads))
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)  # generations 3 and 4 return lse as well
+
+    return flash_attention

@@ -1,0 +1,147 @@
+"""The operations of a training step, each by one implementation, chosen here and nowhere else.
+
+    from lsep_kernels.ops import choose
+    ops = choose("auto", "auto", torch.device("cuda"), torch.bfloat16, tokens=256, head_dim=72)
+    h = ops.norm_modulate(x, shift, scale)
+
+`reference` computes everything in plain PyTorch; `triton` are the kernels of this package. Attention is chosen on its
+own, since libraries compete there.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lsep_kernels import libraries, reference
+
+Kernels = Literal["auto", "triton", "reference"]
+Attention = Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"]
+
+
+class Unavailable(ValueError):
+    """An implementation that was asked for cannot run here; the message says why and what would bring it."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Functions with the signatures of `reference`, and the names of what was chosen."""
+
+    kernels: str
+    attention_by: str
+    norm_modulate: Callable[..., Tensor]
+    gate_residual_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
+    attention: Callable[[Tensor, int], Tensor]
+    pool: Callable[[Tensor, Tensor], Tensor]
+    gelu_pool: Callable[[Tensor, Tensor], Tensor]
+    probe_head: Callable[..., tuple[Tensor, Tensor]]
+    interpolate: Callable[..., tuple[Tensor, Tensor]]
+    velocity_loss: Callable[..., Tensor]
+
+
+REFERENCE = Ops(
+    kernels="reference",
+    attention_by="reference",
+    norm_modulate=reference.norm_modulate,
+    gate_residual_norm_modulate=reference.gate_residual_norm_modulate,
+    attention=reference.attention,
+    pool=reference.pool,
+    gelu_pool=reference.gelu_pool,
+    probe_head=reference.probe_head,
+    interpolate=reference.interpolate,
+    velocity_loss=reference.velocity_loss,
+)
+
+
+def missing_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`, with what would change it; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]}, expected 8.0"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton needs a GPU, and the device is {device.type} (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+
+
+def missing_attention(name: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
+    """Why attention by `name` cannot run for this device, type and shape; None when it can."""
+    if name == "triton":
+        problem = missing_triton(device)
+        if problem is None:
+            from lsep_kernels import attention
+
+            problem = attention.missing(tokens, head_dim, dtype)
+        return problem
+    if name == "cudnn":
+        return libraries.missing_cudnn(device, head_dim, dtype)
+    if name == "flash":
+        chosen = libraries.choose_flash(device, head_dim, dtype)
+        return chosen if isinstance(chosen, str) else None
+    return None
+
+
+def choose(
+    kernels: Kernels, attention: Attention, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int
+) -> Ops:
+    """The implementations for activations of `dtype` on `device`; raises Unavailable for a choice that cannot run.
+
+    auto: Triton on a GPU, plain PyTorch on a CPU; attention by Triton where its kernels take the shape, then cuDNN on
+    sm_90 and newer, then SDPA.
+    """
+    problem = missing_triton(device)
+    if kernels == "triton" and problem:
+        raise Unavailable(f"kernels are 'triton', but {problem}")
+    if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and problem is None):
+        ops = _triton()
+    else:
+        ops = REFERENCE
+    if attention == "auto":
+        attention = _best_attention(ops.kernels, device, dtype, tokens, head_dim)
+    problem = missing_attention(attention, device, dtype, tokens, head_dim)
+    if problem:
+        raise Unavailable(f"attention is {attention!r}, but {problem}")
+    return replace(ops, attention_by=attention, attention=_attention(attention, device, dtype, head_dim))
+
+
+def _best_attention(kernels: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> Attention:
+    if kernels == "triton" and missing_attention("triton", device, dtype, tokens, head_dim) is None:
+        return "triton"
+    if missing_attention("cudnn", device, dtype, tokens, head_dim) is None:
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            return "cudnn"
+    return "sdpa"
+
+
+def _attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[[Tensor, int], Tensor]:
+    if name == "triton":
+        from lsep_kernels import attention
+
+        return attention.attention
+    if name == "flash":
+        generation = libraries.choose_flash(device, head_dim, dtype)
+        assert isinstance(generation, int)
+        return libraries.flash(generation)
+    return {"cudnn": libraries.cudnn, "sdpa": libraries.sdpa, "reference": reference.attention}[name]
+
+
+def _triton() -> Ops:
+    from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, velocity_loss
+
+    return Ops(
+        kernels="triton",
+        attention_by="triton",
+        norm_modulate=adaln.norm_modulate,
+        gate_residual_norm_modulate=adaln.gate_residual_norm_modulate,
+        attention=attention.attention,
+        pool=gelu_pool.pool,
+        gelu_pool=gelu_pool.gelu_pool,
+        probe_head=probe_head.probe_head,
+        interpolate=interpolate.interpolate,
+        velocity_loss=velocity_loss.velocity_loss,
+    )
