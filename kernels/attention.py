@@ -1,6 +1,6 @@
 """Self-attention over packed `qkv` for short sequences: all keys of a head at once, no online softmax.
 
-    attention(qkv (B, T, 3 D), num_heads) -> (B, T, D)        T <= 256; float16 and bfloat16 on a GPU
+    attention(qkv (B, T, 3 D), num_heads) -> (B, T, D)        T <= 256; float16 and bfloat16, sm_90 and newer
 
 A head of width 72 is cut into 64 + 8 columns, the 8 padded to 16 (the least a matrix instruction takes), where a power
 of two would cost 128. Q, K and V are read from the packed projection and dQ, dK, dV written back packed: no transposes,
@@ -28,6 +28,8 @@ MAX_TOKENS = 256
 FORWARD = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
 BACKWARD_Q = {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 2, "num_warps": 8}
 BACKWARD_KV = {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "num_warps": 8}
+BACKWARD_KV_MASKED = {**BACKWARD_KV, "BLOCK_M": 32}
+"""Where T is no multiple of the blocks: the masks take registers, too."""
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -199,16 +201,16 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num
     head = d // num_heads
     scale, tiles = 1 / math.sqrt(head), _tiles(head)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    both = max(BACKWARD_Q["BLOCK_M"], BACKWARD_Q["BLOCK_N"]), max(BACKWARD_KV["BLOCK_M"], BACKWARD_KV["BLOCK_N"])
+    even = t % max(BACKWARD_Q["BLOCK_M"], BACKWARD_Q["BLOCK_N"]) == 0
     launch(
         _backward_q, (triton.cdiv(t, BACKWARD_Q["BLOCK_M"]), b * num_heads),
-        qkv, out, dout, lse, delta, dqkv, t, num_heads, scale,
-        **tiles, EVEN=t % both[0] == 0, LENGTH=t, **BACKWARD_Q,
+        qkv, out, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **BACKWARD_Q,
     )  # fmt: skip
+    even = t % max(BACKWARD_KV["BLOCK_M"], BACKWARD_KV["BLOCK_N"]) == 0
+    config = BACKWARD_KV if even else BACKWARD_KV_MASKED
     launch(
-        _backward_kv, (triton.cdiv(t, BACKWARD_KV["BLOCK_N"]), b * num_heads),
-        qkv, dout, lse, delta, dqkv, t, num_heads, scale,
-        **tiles, EVEN=t % both[1] == 0, LENGTH=t, **BACKWARD_KV,
+        _backward_kv, (triton.cdiv(t, config["BLOCK_N"]), b * num_heads),
+        qkv, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **config,
     )  # fmt: skip
     return dqkv
 
@@ -236,14 +238,17 @@ def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _attention.register_autograd(_gradients, setup_context=_save)
 
 
-def missing(tokens: int, head: int, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not take this shape and type, or None."""
+def missing(tokens: int, head: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why these kernels do not take this shape, type or device, or None."""
     if tokens > MAX_TOKENS:
         return f"{tokens} tokens, expected at most {MAX_TOKENS} (all keys of a head at once)"
     if not 16 <= head <= 80 or head % 8:
         return f"head_dim {head}, expected a multiple of 8 from 16 to 80"
     if dtype == torch.float32 and not INTERPRETED:
         return "float32, expected float16 or bfloat16 (its tiles would not fit into registers)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        # Without WGMMA the operands take registers as well: the forward spills 360 to 540 bytes on sm_80.
+        return "compute capability below 9.0, where a head's keys do not fit into registers"
     return None
 
 
@@ -252,7 +257,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     width = qkv.shape[-1]
     if width % (3 * num_heads):
         raise ValueError(f"attention: qkv has width {width}, expected a multiple of 3 x {num_heads} heads")
-    problem = missing(qkv.shape[1], width // (3 * num_heads), qkv.dtype)
+    problem = missing(qkv.shape[1], width // (3 * num_heads), qkv.dtype, qkv.device)
     if problem:
         raise ValueError(f"attention: {problem}")
     return _attention(qkv.contiguous(), num_heads)[0]

@@ -76,7 +76,7 @@ def missing_attention(name: str, device: torch.device, dtype: torch.dtype, token
         if problem is None:
             from lsep_kernels import attention
 
-            problem = attention.missing(tokens, head_dim, dtype)
+            problem = attention.missing(tokens, head_dim, dtype, device)
         return problem
     if name == "cudnn":
         return libraries.missing_cudnn(device, head_dim, dtype)
