@@ -5,9 +5,9 @@
 Every operator is called at the shapes of SiT-XL/2 (and S/2, for heads of 64) with a driver that compiles and does not
 launch, so what is compiled is what a training step launches. The exit code is 1 on a spill, on more shared memory than
 a block may have, and on sm_90 on a kernel of half-precision matrix products without WGMMA (`HGMMA`) or one that waits
-(`WARPGROUP.DEPBAR`) after every one of them: ptxas serialises them when registers run out. Beside each operator stands its
-floor on an H200, from the bytes it must move at 4.3 TB/s and its matrix products at 790 TFLOP/s (both measured, a copy
-and a bf16 product of 8192^3).
+(`WARPGROUP.DEPBAR`) after every one of them: ptxas serialises them when registers run out. Beside each operator stands
+its floor on an H200, from the bytes it must move at 4.3 TB/s and its matrix products at 790 TFLOP/s (both measured, a
+copy and a bf16 product of 8192^3).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-if os.environ.pop("TRITON_INTERPRET", None):
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", None):
     print("TRITON_INTERPRET is set and was taken away: this compiles", file=sys.stderr)
 
 import torch

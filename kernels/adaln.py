@@ -148,9 +148,7 @@ def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple
 
 
 @operator("norm_modulate_backward")
-def _norm_modulate_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def _norm_modulate_backward(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     dx, _, sums = _run_backward(None, dh, x, None, None, scale, mean, rstd)
     return dx, sums
 

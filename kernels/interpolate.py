@@ -145,4 +145,5 @@ def interpolate(
     check("interpolate", (len(rows),), ids=ids, t=t)
     # An operator's integers are signed: the upper half of the seeds goes as its two's complement.
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return _op(rows.detach().contiguous(), ids, epoch, t.detach(), signed, form, path, shift, scale, *streams)
+    rows, ids, t = (x.detach().contiguous() for x in (rows, ids, t))
+    return _op(rows, ids, epoch, t, signed, form, path, shift, scale, *streams)

@@ -28,11 +28,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def check(name: str, wanted: tuple[int, ...], **tensors: Tensor) -> None:
-    """Raise ValueError unless every tensor has the shape `wanted` and dense rows."""
+    """Raise ValueError unless every tensor has the shape `wanted` and, with two dimensions or more, dense rows."""
     for key, tensor in tensors.items():
         if tuple(tensor.shape) != wanted:
             raise ValueError(f"{name}: {key} is {tuple(tensor.shape)}, expected {wanted}")
-        if tensor.stride(-1) != 1:
+        if tensor.ndim > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: {key} has stride {tensor.stride(-1)} along its last dimension, expected 1")
 
 

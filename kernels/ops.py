@@ -112,10 +112,9 @@ def choose(
 def _best_attention(kernels: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> Attention:
     if kernels == "triton" and missing_attention("triton", device, dtype, tokens, head_dim) is None:
         return "triton"
-    if missing_attention("cudnn", device, dtype, tokens, head_dim) is None:
-        if torch.cuda.get_device_capability(device) >= (9, 0):
-            return "cudnn"
-    return "sdpa"
+    if missing_attention("cudnn", device, dtype, tokens, head_dim) is not None:
+        return "sdpa"
+    return "cudnn" if torch.cuda.get_device_capability(device) >= (9, 0) else "sdpa"
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[[Tensor, int], Tensor]:

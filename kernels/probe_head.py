@@ -240,9 +240,10 @@ def probe_head(
     check("probe_head", (k, d), weight=weight)
     check("probe_head", (k,), bias=bias)
     check("probe_head", (b,), labels=labels, sample_weight=sample_weight)
-    inputs = (features.contiguous(), norm_weight, norm_bias, weight, bias)
+    inputs = tuple(x.contiguous() for x in (features, norm_weight, norm_bias, weight, bias))
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     loss, hits, *_ = _probe_head(
-        *inputs, labels, sample_weight.detach(), label_smoothing, dtype or weight.dtype, gradients
+        *inputs, labels.contiguous(), sample_weight.detach().contiguous(), label_smoothing, dtype or weight.dtype,
+        gradients,
     )  # fmt: skip
     return loss, hits

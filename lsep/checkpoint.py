@@ -39,9 +39,7 @@ def weights(objective: nn.Module) -> dict[str, Tensor]:
     return {k.removeprefix("model."): v for k, v in objective.state_dict().items()}
 
 
-def save(
-    folder: Path, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer
-) -> Path:
+def save(folder: Path, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer) -> Path:
     """Write the checkpoint of `progress.step` into `folder`; raises UserError when the disk does not take it."""
     target = folder / f"{progress.step:07d}"
     temporary = folder / f".{target.name}.tmp"
@@ -49,9 +47,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        for name, tensors in zip(
-            _FILES, (weights(objective), weights(ema), optimizer.tensors()), strict=True
-        ):
+        for name, tensors in zip(_FILES, (weights(objective), weights(ema), optimizer.tensors()), strict=True):
             _write_tensors(temporary / name, tensors)
         sizes = {name: (temporary / name).stat().st_size for name in _FILES}
         state = {"step": progress.step, "seconds": progress.seconds, "bytes": sizes, "torch": torch.__version__}

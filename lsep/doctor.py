@@ -48,6 +48,11 @@ def parts() -> list[Part]:
     native = library() is not None
     why = "rows are read and checked in C" if native else "not built; rows are read in Python, at half the speed"
     found.append(Part("csrc/rows.c", "built" if native else None, why, "apt install gcc && pip install -e ."))
+    from lsep_kernels import adamw_ema
+
+    for name, device in (("csrc/adamw_ema.cpp", "cpu"), ("csrc/adamw_ema.cu", "cuda")):
+        why = adamw_ema.why_missing(device)
+        found.append(Part(name, None if why else "built", why or f"--backend.optimizer csrc on {device}"))
     missing = missing_for_compile("cpu")
     found.append(Part("compile, CPU", None if missing else "ready", missing or "--train.compile"))
     found.append(_package("triton", "triton", "kernels, and --train.compile on a GPU", "pip install triton"))

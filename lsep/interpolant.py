@@ -57,9 +57,7 @@ def noise(
     """Draw t and noise for stored rows `(B, *row_shape)`, whose posterior is sampled anew at every visit."""
     t = draw_times(config, seed, epoch, ids)
     streams = (int(Stream.POSTERIOR), int(Stream.NOISE))
-    x_t, v = interpolate(
-        rows, ids, epoch, t, seed, manifest.kind, config.path, manifest.shift, manifest.scale, streams
-    )
+    x_t, v = interpolate(rows, ids, epoch, t, seed, manifest.kind, config.path, manifest.shift, manifest.scale, streams)
     return Noised(x_t, t, v)
 
 

@@ -117,9 +117,7 @@ class Block(nn.Module):
         """From the conditioning c `(N, D)`."""
         return Modulation(*self.adaLN_modulation(c).chunk(6, dim=-1))
 
-    def forward(
-        self, x: Tensor, h: Tensor, m: Modulation, following: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, h: Tensor, m: Modulation, following: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, h = self.ops.gate_residual_norm_modulate(x, m.gate1, self.attn(h), m.shift2, m.scale2)
         return self.ops.gate_residual_norm_modulate(x, m.gate2, self.mlp(h), *following)
 
@@ -177,7 +175,7 @@ class SiT(nn.Module):
     pos_embed: Tensor
 
     def __init__(self, config: Config, ops: Ops = REFERENCE) -> None:
-        """`config` must be resolved: input_size, in_channels and num_classes known. `ops` computes what it is made of."""
+        """`config` must be resolved (input_size, in_channels and num_classes known); `ops` computes the blocks."""
         super().__init__()
         m = config.model
         assert m.in_channels is not None and m.num_classes is not None

@@ -6,7 +6,7 @@ A checkpoint holds the same tensors whichever wrote it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +69,8 @@ class LibraryOptimizer:
 
     def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
         self.config, self.by, self.named = config, by, _named(objective)
-        self.averages = list(ema.parameters())
+        self.averages: list[Tensor] = list(ema.parameters())
+        self.params: list[Tensor] = list(self.named.values())
         groups = []
         for probe, rate in ((False, config.lr), (True, config.probe_lr)):
             params = [p for n, p in self.named.items() if _is_probe(n) == probe]
@@ -89,13 +90,13 @@ class LibraryOptimizer:
     def step(self, factor: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
         if self.by == "torch":  # its kernel leaves weights and state alone where this is 1, without a host sync
             self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, list(self.named.values()), 1 - self.config.ema_decay)
+            torch._foreach_lerp_(self.averages, self.params, 1 - self.config.ema_decay)
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
@@ -125,27 +126,32 @@ class OneOperation:
 
     def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
         self.named = _named(objective)
-        params = list(self.named.values())
+        params: list[Tensor] = list(self.named.values())
+        averages: list[Tensor] = list(ema.parameters())
         device = params[0].device
-        self.moments = [[torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params] for _ in range(2)]
-        averages, group = list(ema.parameters()), [int(_is_probe(n)) for n in self.named]
-        # On the device, so that the schedule is seen by a CUDA graph too.
+        first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        self.moments = first, second
+        # On the device, so that a CUDA graph follows the schedule.
         self.base_lr = torch.tensor([config.lr, config.probe_lr], device=device)
         self.lr = self.base_lr.clone()
-        lists = params, *self.moments, [averages], None
+        group = [int(_is_probe(name)) for name in self.named]
         settings: dict[str, Any] = {
-            "group": group, "betas": (config.beta1, config.beta2), "eps": config.eps,
-            "weight_decay": [config.weight_decay] * 2, "max_norm": config.clip, "ema_decays": [config.ema_decay],
+            "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": [config.weight_decay] * 2,
+            "max_norm": config.clip, "ema_decays": [config.ema_decay],
         }  # fmt: skip
-        self.update: Callable[[list[Tensor | None], Tensor], Tensor]
         if by == "csrc":
-            fused = AdamwEma(*lists, **settings)
+            fused = AdamwEma(params, first, second, [averages], None, group, **settings)
             self.step_count, self.update = fused.step_count, fused.step
-        else:
-            self.step_count, skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-            self.update = lambda grads, lr: reference.adamw_ema(
-                *lists, grads, lr, self.step_count, skipped, **settings
-            )
+            return
+        self.step_count, skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+
+        def update(grads: Sequence[Tensor | None], lr: Tensor) -> Tensor:
+            return reference.adamw_ema(
+                params, first, second, [averages], None, list(grads), lr, self.step_count, skipped,
+                group=group, **settings,
+            )  # fmt: skip
+
+        self.update = update
 
     def step(self, factor: float) -> Tensor:
         torch.mul(self.base_lr, factor, out=self.lr)

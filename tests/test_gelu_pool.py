@@ -29,7 +29,9 @@ def test_values_and_gradients(shape: tuple, dtype: torch.dtype, name: str) -> No
     n, t, d, grid, size = shape
     weights = window(n, grid, size)
     kernel, plain = getattr(gelu_pool, name), getattr(reference, name)
-    assert_kernel_is_as_accurate(lambda x: kernel(x, weights), lambda x: plain(x, weights), [3 * random(n, t, d)], dtype)
+    assert_kernel_is_as_accurate(
+        lambda x: kernel(x, weights), lambda x: plain(x, weights), [3 * random(n, t, d)], dtype
+    )
 
 
 @pytest.mark.parametrize("name", ["pool", "gelu_pool"])

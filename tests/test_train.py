@@ -122,9 +122,11 @@ def refuse(*args: object, **kwargs: object) -> None:
     raise AssertionError("host read")
 
 
-@pytest.mark.parametrize("branch", ["shared", "paper"])
-def test_step_reads_nothing_back(store: Path, branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = setup(tiny(data__path=str(store), probe__branch=branch, optim__accumulate=2))
+@pytest.mark.parametrize(
+    ("branch", "optimizer"), [("shared", "torch"), ("paper", "torch"), ("shared", "csrc"), ("shared", "reference")]
+)
+def test_step_reads_nothing_back(store: Path, branch: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = setup(tiny(data__path=str(store), probe__branch=branch, optim__accumulate=2, backend__optimizer=optimizer))
     ready = list(open_loader(state, 0, 2))
     train_step(state, 0, ready[0])
     for name in ("tolist", "numpy", "cpu", "__array__"):  # on a CPU these do not go through the dispatcher

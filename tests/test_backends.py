@@ -1,0 +1,93 @@
+"""The one place where implementations are chosen, and the trainer over the Triton kernels."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE, MANIFEST, lively, random_batch, relative_error, tiny
+
+from lsep import backends
+from lsep.checks import resolve
+from lsep.errors import UserError
+from lsep.objective import Objective
+from lsep.plan import branch_plan
+from lsep.train import open_loader, setup, train_step
+from lsep_kernels import ops
+
+CPU = torch.device("cpu")
+
+
+def test_auto_on_a_cpu() -> None:
+    chosen = backends.choose(resolve(tiny(), MANIFEST), CPU)
+    assert (chosen.ops.kernels, chosen.ops.attention_by, chosen.optimizer) == ("reference", "sdpa", "torch")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("kernels", "triton", "--backend: kernels are 'triton', but Triton needs a GPU, and the device is cpu"),
+        ("attention", "cudnn", "--backend: attention is 'cudnn', but cuDNN needs a GPU"),
+        ("optimizer", "apex", "--backend.optimizer is 'apex', but apex needs a GPU"),
+    ],
+)
+def test_missing_backends_end_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, flag: str, value: str, message: str
+) -> None:
+    monkeypatch.delitem(os.environ, "TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=message):
+        backends.choose(resolve(tiny(**{f"backend__{flag}": value}), MANIFEST), CPU)
+
+
+def test_apex_of_the_package_index_is_not_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package index holds an unrelated `apex` without `apex.optimizers`."""
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if name == "apex" else None)
+    assert "git clone https://github.com/NVIDIA/apex" in str(backends.missing_optimizer("apex", torch.device("cuda")))
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows at a time: the interpreter's time goes by operations, not by elements."""
+    pytest.importorskip("triton")
+    from lsep_kernels import adaln
+
+    if DEVICE.type == "cpu":
+        monkeypatch.setitem(adaln.FORWARD, "ROWS", 16)
+        monkeypatch.setitem(adaln.BACKWARD, "ROWS", 16)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_trainer_over_triton_has_the_reference_s_loss_curve(store: Path) -> None:
+    """Every statistic of every step, over kernels, attention and the fused optimizer: within 1e-4."""
+    common = {"data__path": str(store), "train__device": DEVICE.type, "train__precision": "fp32", "model__depth": 2,
+              "probe__depth": 1, "train__steps": 3}  # fmt: skip
+    reference = {"backend__kernels": "reference", "backend__attention": "reference", "backend__optimizer": "torch"}
+    triton = {"backend__kernels": "triton", "backend__attention": "triton" if DEVICE.type == "cpu" else "sdpa",
+              "backend__optimizer": "csrc"}  # fmt: skip
+    curves = []
+    for backend in (reference, triton):
+        state = setup(tiny(**common, **backend))
+        lively(state.objective)
+        curves.append([train_step(state, i, batches).cpu() for i, batches in enumerate(open_loader(state, 0, 3))])
+    for expected, found in zip(*curves, strict=True):
+        assert expected[:3].all() and relative_error(found[:3] / expected[:3], torch.ones(3)) < 1e-4
+        assert torch.equal(found[3:], expected[3:])  # hits and counts
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("extra_fraction", [None, 0.0])
+def test_the_objective_over_triton_is_one_graph(extra_fraction: float | None) -> None:
+    config = resolve(tiny(model__depth=2, probe__depth=1, probe__extra_fraction=extra_fraction), MANIFEST)
+    chosen = ops.choose("triton", "triton" if DEVICE.type == "cpu" else "sdpa", DEVICE, torch.float32, 16, 16)
+    objective = lively(Objective(config, MANIFEST, chosen)).to(DEVICE)
+    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b))
+    step, epoch = (torch.tensor(i, device=DEVICE) for i in (3, 0))
+    compiled = torch.compile(objective, fullgraph=True, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    gradients = []
+    for forward in (objective, compiled):
+        objective.zero_grad()
+        losses = forward(batch, branch_plan(config), step, epoch)
+        losses.total.backward()
+        gradients.append([losses.total, *(p.grad for p in objective.parameters())])
+    for expected, found in zip(*gradients, strict=True):
+        assert relative_error(found, expected) < 1e-5
