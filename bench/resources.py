@@ -36,7 +36,7 @@ from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, v
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 COPY_RATE, MATRIX_RATE = 4.3e12, 790e12
-MATRIX_KERNELS = {"attention._forward", "attention._backward_q", "attention._backward_kv", "probe_head._matmul"}
+MATRIX_KERNELS = {"attention_forward", "attention_backward_q", "attention_backward_kv", "probe_matmul"}
 B, T, D = 256, 256, 1152
 """SiT-XL/2 at 256 px: the shapes of the floors."""
 
@@ -110,7 +110,7 @@ def compiled(arch: int, run: Callable[[], Any]) -> list[tuple[str, Any]]:
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernel = launch(self, *args, **{**kwargs, "warmup": True})
-        found[id(kernel)] = (f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}", kernel)
+        found[id(kernel)] = (self.fn.__name__.strip("_").removesuffix("_kernel"), kernel)
         return kernel
 
     JITFunction.run = compile_only
@@ -152,7 +152,7 @@ def measure_all(arch: int) -> list[Row]:
 def cases() -> Iterator[Case]:
     """Every operator in bf16 at the shapes of XL/2, and what depends on more than the type at others."""
     tokens = B * T
-    for d in (D, 384):
+    for d in (D, 1024, 384):
         name = f"T={T} D={d}"
         yield Case(f"norm_modulate {name}", lambda d=d: _adaln(d, gated=False), tokens * d * (4 + 6))
         yield Case(f"gate_residual_norm_modulate {name}", lambda d=d: _adaln(d, gated=True), tokens * d * (8 + 12))

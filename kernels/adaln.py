@@ -27,7 +27,7 @@ TOKENS = 32
 
 
 @triton.jit
-def _forward(
+def _adaln_forward_kernel(
     x_ptr, gate_ptr, y_ptr, shift_ptr, scale_ptr, sum_ptr, h_ptr, mean_ptr, rstd_ptr,
     T, D, gate_stride, shift_stride, scale_stride, eps,
     GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -58,7 +58,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _adaln_backward_kernel(
     dsum_ptr, dh_ptr, x_ptr, gate_ptr, y_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr, partial_ptr,
     T, D, gate_stride, scale_stride,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -113,7 +113,7 @@ def _run_forward(
     h = torch.empty(x.shape, dtype=shift.dtype, device=x.device)
     mean, rstd = (torch.empty(n, t, dtype=torch.float32, device=x.device) for _ in range(2))
     launch(
-        _forward, (triton.cdiv(t, FORWARD["ROWS"]), n),
+        _adaln_forward_kernel, (triton.cdiv(t, FORWARD["ROWS"]), n),
         x, x if gate is None else gate, x if y is None else y, shift, scale, total, h, mean, rstd,
         t, d, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps,
         GATED=gate is not None, BLOCK_D=power_of_2(d), **FORWARD,
@@ -134,7 +134,7 @@ def _run_backward(
     chunks = triton.cdiv(t, tokens)
     partial = torch.empty(3 if gated else 2, n, chunks, d, dtype=torch.float32, device=x.device)
     launch(
-        _backward, (chunks, n),
+        _adaln_backward_kernel, (chunks, n),
         x if dsum is None else dsum, dh, x, x if gate is None else gate, x if y is None else y, scale, mean, rstd,
         dx, dy, partial, t, d, 0 if gate is None else gate.stride(0), scale.stride(0),
         GATED=gated, TOKENS=tokens, BLOCK_D=power_of_2(d), **BACKWARD,

@@ -82,7 +82,7 @@ def _accumulate(p, b0, b1, out0, out1, REST: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _attention_forward_kernel(
     qkv_ptr, out_ptr, lse_ptr, T, H, scale,
     HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -112,7 +112,7 @@ def _forward(
 
 
 @triton.jit
-def _backward_q(
+def _attention_backward_q_kernel(
     qkv_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, scale,
     HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -144,7 +144,7 @@ def _backward_q(
 
 
 @triton.jit
-def _backward_kv(
+def _attention_backward_kv_kernel(
     qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, scale,
     HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -188,7 +188,7 @@ def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     out = torch.empty(b, t, d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(b, num_heads, t, dtype=torch.float32, device=qkv.device)
     launch(
-        _forward, (triton.cdiv(t, FORWARD["BLOCK_M"]), b * num_heads),
+        _attention_forward_kernel, (triton.cdiv(t, FORWARD["BLOCK_M"]), b * num_heads),
         qkv, out, lse, t, num_heads, 1 / math.sqrt(head),
         **_tiles(head), EVEN=t == block and t % FORWARD["BLOCK_M"] == 0, BLOCK_T=block, **FORWARD,
     )  # fmt: skip
@@ -203,13 +203,13 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     even = t % max(BACKWARD_Q["BLOCK_M"], BACKWARD_Q["BLOCK_N"]) == 0
     launch(
-        _backward_q, (triton.cdiv(t, BACKWARD_Q["BLOCK_M"]), b * num_heads),
+        _attention_backward_q_kernel, (triton.cdiv(t, BACKWARD_Q["BLOCK_M"]), b * num_heads),
         qkv, out, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **BACKWARD_Q,
     )  # fmt: skip
     even = t % max(BACKWARD_KV["BLOCK_M"], BACKWARD_KV["BLOCK_N"]) == 0
     config = BACKWARD_KV if even else BACKWARD_KV_MASKED
     launch(
-        _backward_kv, (triton.cdiv(t, config["BLOCK_N"]), b * num_heads),
+        _attention_backward_kv_kernel, (triton.cdiv(t, config["BLOCK_N"]), b * num_heads),
         qkv, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **config,
     )  # fmt: skip
     return dqkv

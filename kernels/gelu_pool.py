@@ -32,7 +32,7 @@ def _gate(x):
 
 
 @triton.jit
-def _forward(
+def _token_pool_forward_kernel(
     x_ptr, weights_ptr, out_ptr, T, D,
     GELU: tl.constexpr, LENGTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _token_pool_backward_kernel(
     dout_ptr, x_ptr, weights_ptr, dx_ptr, T, D,
     GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _pool(x: Tensor, weights: Tensor, gelu: bool) -> Tensor:
     n, t, d = x.shape
     out = torch.empty(n, d, dtype=torch.float32, device=x.device)
     launch(
-        _forward, (triton.cdiv(d, FORWARD["BLOCK_D"]), n),
+        _token_pool_forward_kernel, (triton.cdiv(d, FORWARD["BLOCK_D"]), n),
         x, weights, out, t, d, GELU=gelu, LENGTH=t, **FORWARD,
     )  # fmt: skip
     return out
@@ -85,7 +85,7 @@ def _pool_backward(dout: Tensor, x: Tensor, weights: Tensor, gelu: bool) -> Tens
     n, t, d = x.shape
     dx = torch.empty_like(x)
     launch(
-        _backward, (triton.cdiv(d, BACKWARD["BLOCK_D"]), triton.cdiv(t, BACKWARD["BLOCK_T"]), n),
+        _token_pool_backward_kernel, (triton.cdiv(d, BACKWARD["BLOCK_D"]), triton.cdiv(t, BACKWARD["BLOCK_T"]), n),
         dout, x, weights, dx, t, d, GELU=gelu, **BACKWARD,
     )  # fmt: skip
     return dx

@@ -70,7 +70,7 @@ def _normal(seed, block, sample, epoch, stream, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _interpolate(
+def _interpolate_kernel(
     rows_ptr, id_ptr, epoch_ptr, t_ptr, x_t_ptr, v_ptr, numel, seed, shift, scale, posterior, noise,
     MOMENTS: tl.constexpr, PIXELS: tl.constexpr, COSINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def _op(
     x_t, v = (torch.empty(shape, dtype=torch.float32, device=rows.device) for _ in range(2))
     numel = math.prod(shape[1:])
     launch(
-        _interpolate, (triton.cdiv(numel, 4 * CONFIG["BLOCK"]), shape[0]),
+        _interpolate_kernel, (triton.cdiv(numel, 4 * CONFIG["BLOCK"]), shape[0]),
         rows, ids, epoch, t, x_t, v, numel, seed, shift, scale, posterior, noise,
         MOMENTS=form == "moments", PIXELS=form == "pixels", COSINE=path == "cosine", **CONFIG,
     )  # fmt: skip

@@ -33,7 +33,7 @@ MATMUL_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 4, "
 
 
 @triton.jit
-def _normalize(x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, D, eps, BLOCK_D: tl.constexpr):
+def _probe_norm_kernel(x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, D, eps, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
@@ -50,7 +50,7 @@ def _normalize(x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, D, eps, B
 
 
 @triton.jit
-def _matmul(
+def _probe_matmul_kernel(
     a_ptr, b_ptr, bias_ptr, like_ptr, out_ptr, M,
     N: tl.constexpr, L: tl.constexpr, AM: tl.constexpr, AL: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr,
     BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -80,7 +80,7 @@ def _matmul(
 
 
 @triton.jit
-def _cross_entropy(
+def _probe_loss_kernel(
     logits_ptr, label_ptr, sample_weight_ptr, loss_ptr, hit_ptr, dlogits_ptr, smoothing,
     K: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _cross_entropy(
 
 
 @triton.jit
-def _normalize_backward(
+def _probe_norm_backward_kernel(
     dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, B, D,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def _product(a: Tensor, b: Tensor, like: Tensor, bias: Tensor | None = None) -> 
     out = torch.empty(m, n, dtype=torch.float32, device=a.device)
     config = MATMUL_FLOAT32 if like.dtype == torch.float32 else MATMUL
     launch(
-        _matmul, (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])),
+        _probe_matmul_kernel, (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])),
         a, b, like if bias is None else bias, like, out, m, N=n, L=inner,
         AM=a.stride(0), AL=a.stride(1), BL=b.stride(0), BN=b.stride(1), BIAS=bias is not None, **config,
     )  # fmt: skip
@@ -176,20 +176,21 @@ def _probe_head(
     h, hits = new(b, d, dtype=dtype), new(b, dtype=torch.bool)
     mean, rstd, losses = new(b), new(b), new(b)
     block_d, block_k = power_of_2(d), min(power_of_2(k), SOFTMAX_BLOCK)
-    launch(_normalize, (b,), features, norm_weight, norm_bias, h, mean, rstd, d, EPS, BLOCK_D=block_d, **ROW)
+    launch(_probe_norm_kernel, (b,), features, norm_weight, norm_bias, h, mean, rstd, d, EPS, BLOCK_D=block_d, **ROW)
     logits = _product(h, weight.T, h, bias)
     dlogits = torch.empty_like(logits) if gradients else new(0)
     launch(
-        _cross_entropy, (b,), logits, labels, sample_weight, losses, hits, dlogits, label_smoothing,
+        _probe_loss_kernel, (b,), logits, labels, sample_weight, losses, hits, dlogits, label_smoothing,
         K=k, GRADIENTS=gradients, BLOCK_K=block_k, **ROW,
     )  # fmt: skip
     if not gradients:
         return losses.sum(), hits, dlogits, new(0), new(0), new(0)
     dfeatures, programs = new(b, d), triton.cdiv(b, BACKWARD["ROWS"])
     sums = new(2, programs, d)
+    dh = _product(dlogits, weight, h)
     launch(
-        _normalize_backward, (programs,), _product(dlogits, weight, h), features, norm_weight, mean, rstd, dfeatures,
-        sums, b, d, BLOCK_D=block_d, **BACKWARD,
+        _probe_norm_backward_kernel, (programs,), dh, features, norm_weight, mean, rstd, dfeatures, sums, b, d,
+        BLOCK_D=block_d, **BACKWARD,
     )  # fmt: skip
     return losses.sum(), hits, dfeatures, sums.sum(1), _product(dlogits.T, h, h), dlogits.sum(0)
 

@@ -33,7 +33,7 @@ def _velocity(v_ptr, n, i, numel, mask, CHANNELS: tl.constexpr, PATCH: tl.conste
 
 
 @triton.jit
-def _forward(
+def _velocity_loss_forward_kernel(
     patches_ptr, v_ptr, partial_ptr, numel,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, GRID: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _velocity_loss_backward_kernel(
     dloss_ptr, patches_ptr, v_ptr, dpatches_ptr, numel,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, GRID: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _layout(v: Tensor, patch: int) -> tuple[tuple[int, int], dict[str, int]]:
 def _velocity_loss(patches: Tensor, v: Tensor, patch: int) -> Tensor:
     grid, meta = _layout(v, patch)
     partial = torch.empty(grid[1], grid[0], dtype=torch.float32, device=v.device)
-    launch(_forward, grid, patches, v, partial, math.prod(v.shape[1:]), **meta)
+    launch(_velocity_loss_forward_kernel, grid, patches, v, partial, math.prod(v.shape[1:]), **meta)
     return partial.sum(1)
 
 
@@ -82,7 +82,7 @@ def _velocity_loss(patches: Tensor, v: Tensor, patch: int) -> Tensor:
 def _velocity_loss_backward(dloss: Tensor, patches: Tensor, v: Tensor, patch: int) -> Tensor:
     grid, meta = _layout(v, patch)
     dpatches = torch.empty_like(patches)
-    launch(_backward, grid, dloss, patches, v, dpatches, math.prod(v.shape[1:]), **meta)
+    launch(_velocity_loss_backward_kernel, grid, dloss, patches, v, dpatches, math.prod(v.shape[1:]), **meta)
     return dpatches
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lsep import checkpoint
-from lsep.config import Config, SampleConfig
+from lsep import backends, checkpoint
+from lsep.config import BackendConfig, Config, SampleConfig
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
 from lsep.interpolant import Stream, velocity_to_score
@@ -159,7 +160,9 @@ def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Si
         have = ", ".join(str(int(p.name)) for p in checkpoint.steps(run.checkpoints)) or "none"
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{run.checkpoints}: {wanted}, found: {have}")
-    objective = Objective(config, manifest)
+    # What a run was trained with need not be here; to sample, whatever runs will do.
+    chosen = backends.choose(replace(config, backend=BackendConfig()), torch.device(device))
+    objective = Objective(config, manifest, chosen.ops)
     checkpoint.load_weights(path / "ema.safetensors", objective)
     return objective.model.to(device).eval(), config, manifest, int(path.name)
 

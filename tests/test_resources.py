@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from bench.resources import SHARED_LIMIT, Row
 
 ROOT = Path(__file__).parents[1]
-GOOD = Row(90, "attention", "attention._forward", 4, 195, 0, 92_160, 37, 0, 4, True)
+GOOD = Row(90, "attention", "attention_forward", 4, 195, 0, 92_160, 37, 0, 4, True)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def _greedy(x, y, N: tl.constexpr):
 x = torch.zeros(256, 256, dtype=torch.float16)
 case = resources.Case("greedy", lambda: _greedy[(1,)](x, x, N=256, num_warps=4), 0)
 resources.cases = lambda: [case]
-resources.MATRIX_KERNELS.add("__main__._greedy")
+resources.MATRIX_KERNELS.add("greedy")
 sys.argv = ["resources", "--arch", "90"]
 rows = [resources.measure(90, case, name, kernel) for name, kernel in resources.compiled(90, case.run)]
 print(resources.table(rows))
@@ -60,4 +60,4 @@ def test_a_kernel_that_spills_is_found(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\| greedy \| __main__\._greedy \| 90 \|", done.stdout)
+    assert re.search(r"\| greedy \| greedy \| 90 \|", done.stdout)
