@@ -16,7 +16,7 @@ import torch
 from bench import kernel_cases
 from bench.kernel_cases import Case, Draw
 from bench.kernel_times import Runner
-from bench.section import Context, Section
+from bench.section import Context, Section, sentence
 from bench.timing import measure
 from lsep_kernels import adaln, attention, gelu_pool, probe_head
 
@@ -89,9 +89,8 @@ def _lists(sizes: kernel_cases.Sizes, device: torch.device) -> list[Candidates]:
     ]  # fmt: skip
 
 
-def candidates(context: Context) -> Section:
+def candidates(context: Context, section: Section) -> None:
     """The best of a few configurations of each kernel beside its default."""
-    section = Section("candidates")
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
     end = time.monotonic() + context.seconds_left(LIMIT)
     lists = _lists(sizes, context.device)
@@ -101,15 +100,17 @@ def candidates(context: Context) -> Section:
             break
         # Its part of what is left, so that a slow compilation takes nothing from the lists after it.
         share = (end - time.monotonic()) / (len(lists) - i)
-        section.rows.append(_try(context, section, wanted, time.monotonic() + share))
-        if context.cuda:
-            torch.cuda.empty_cache()
+        try:
+            section.rows.append(_try(context, section, wanted, time.monotonic() + share))
+        except Exception as error:
+            context.synchronize()  # raises where this process can do no more
+            section.failures.append(f"{wanted.name}: {sentence(error)}")
+        context.free()
     section.notes.append(
         "A configuration counts that compiles, fits and gives the default's results to 2 % of their largest entry. "
-        "Nothing is changed by this: the defaults are constants in kernels/. After a change `python -m bench.resources` "
-        "shows registers and spills."
+        "Nothing is changed by this: the defaults are constants in kernels/. After a change "
+        "`python -m bench.resources` shows registers and spills."
     )
-    return section
 
 
 def _try(context: Context, section: Section, wanted: Candidates, end: float) -> dict[str, Any]:
@@ -134,9 +135,8 @@ def _try(context: Context, section: Section, wanted: Candidates, end: float) -> 
                 else:
                     dropped[str(value)] = "other results"
         except Exception as error:  # does not compile, or takes too much shared memory or too many registers
-            if context.cuda:
-                torch.cuda.synchronize()  # raises where the GPU itself failed
-            dropped[str(value)] = f"{type(error).__name__}: {str(error)[:120]}"
+            context.synchronize()  # raises where the GPU itself failed
+            dropped[str(value)] = sentence(error)
     times = measure(good, context.device, rounds=4, repeats=6)
     best = min(times, key=lambda name: times[name].median)
     section.details[wanted.name] = {"us": {n: t.median * 1e6 for n, t in times.items()}, "dropped": dropped}

@@ -26,10 +26,10 @@ class Draw:
         self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, device=self.device).to(dtype)
+        return torch.randn(shape, generator=self.generator, device=self.device).to(dtype)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, device=self.device)
+        return torch.rand(shape, generator=self.generator, device=self.device)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
@@ -87,7 +87,7 @@ class Sizes:
 
 CHECK = Sizes()
 TIME = replace(CHECK, batch=256)
-SMOKE = Sizes(batch=2, tokens=16, long=64, width=48, widths=(32,), heads=((2, 24), (1, 16)), classes=10)
+SMOKE = Sizes(batch=2, tokens=4, long=16, width=48, widths=(32,), heads=((2, 24), (1, 16)), classes=10)
 
 
 def norm_modulate(n: int, t: int, d: int, dtype: torch.dtype, stream: torch.dtype | None = None) -> Case:

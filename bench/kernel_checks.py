@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import kernel_cases, optimizer
 from bench.kernel_cases import Case, Draw, Operation
-from bench.section import Context, Section
+from bench.section import Context, Section, sentence
 
 RUNS = 20
 
@@ -103,9 +103,8 @@ def _error(got: Tensor, plain: Tensor, true: Tensor, case: Case, what: str) -> W
     return Worst(error / allowed, what, error, allowed)
 
 
-def correctness(context: Context) -> Section:
+def correctness(context: Context, section: Section) -> None:
     """Values and gradients on fresh random inputs and poisoned memory, at most twice as far off as plain PyTorch."""
-    section = Section("correctness")
     section.check(poison_works(context.device), "uninitialised memory could not be poisoned")
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.CHECK
     for i, case in enumerate(kernel_cases.check_cases(sizes, context.device)):
@@ -113,25 +112,24 @@ def correctness(context: Context) -> Section:
         try:
             worst = compare(case, case.make(Draw(context.device, context.seed + i)), context.seed + i)
         except Exception as error:
-            _raise_if_lost(context)
+            context.synchronize()  # raises where this process can do no more
             worst = Worst(float("inf"), f"{type(error).__name__}: {str(error)[:200]}")
         row |= {"nearest to its limit": worst.what, "error": worst.error, "allowed": worst.allowed}
-        what = f"{case.title}: {worst.what} is off by {worst.error:.3g} of the largest entry, {worst.allowed:.3g} allowed"
+        what = (
+            f"{case.title}: {worst.what} is off by {worst.error:.3g} of the largest entry, {worst.allowed:.3g} allowed"
+        )
         section.rows.append(row | {"ok": section.check(worst.share <= 1, what)})
-        _free(context)
-    for row in optimizer.correctness(context, section):
-        section.rows.append(row)
+        context.free()
+    section.rows += optimizer.correctness(context, section)
     section.notes += [
         f"Inputs are drawn from the seed {context.seed} (`--seed` repeats them).",
         "Truth is the reference in float64 (interpolate: on the CPU); allowed is twice the error of plain PyTorch in "
         "the same type and 1e-6 of the largest entry (interpolate: 1e-5).",
     ]
-    return section
 
 
-def determinism(context: Context) -> Section:
+def determinism(context: Context, section: Section) -> None:
     """Twenty runs of every operator, bit for bit."""
-    section = Section("determinism")
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
     runs = 2 if context.smoke else RUNS
     for i, case in enumerate(kernel_cases.time_cases(sizes, context.device)):
@@ -144,24 +142,22 @@ def determinism(context: Context) -> Section:
         good = section.check(equal == runs, f"{case.title}: {runs - equal} of {runs} runs differ")
         section.rows.append({"operator": case.title, "runs": runs, "equal bit for bit": equal, "ok": good})
         del inputs, first
-        _free(context)
-    for row in optimizer.determinism(context, section, runs):
-        section.rows.append(row)
-    return section
+        context.free()
+    section.rows += optimizer.determinism(context, section, runs)
+    section.rows += _same_everywhere(context, section, kernel_cases.SMOKE if context.smoke else kernel_cases.CHECK)
+
+
+def _same_everywhere(context: Context, section: Section, sizes: kernel_cases.Sizes) -> Iterator[dict[str, Any]]:
+    """Rows: the noised latents of a GPU are those of the reference on a CPU."""
+    for i, case in enumerate(c for c in kernel_cases.check_cases(sizes, context.device) if not c.grads):
+        inputs = case.make(Draw(context.device, context.seed + i))
+        pairs = zip(case.kernel(*inputs), case.reference(*(x.cpu() for x in inputs)), strict=True)
+        error = max(float((a.cpu() - b).abs().max()) for a, b in pairs)
+        good = section.check(error <= 1e-5, f"{case.title}: {error:.3g} from the reference on a CPU, 1e-5 allowed")
+        yield {"operator": f"{case.title}, beside a CPU's", "largest difference": error, "ok": good}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """As `torch.equal`, but a NaN equals itself and 0 is not -0."""
     a, b = a.contiguous().reshape(-1), b.contiguous().reshape(-1)
     return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def _raise_if_lost(context: Context) -> None:
-    """After an illegal memory access nothing runs in this process any more: let the section end."""
-    if context.cuda:
-        torch.cuda.synchronize()
-
-
-def _free(context: Context) -> None:
-    if context.cuda:
-        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Section `kernels`: every operator at the shapes of a training step, beside its floor and everything it competes with."""
+"""Section `kernels`: every operator at the shapes of a training step, beside its floor and what it competes with."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import kernel_cases, optimizer
 from bench.kernel_cases import Case, Draw, Operation, Work
-from bench.section import Context, Section
+from bench.section import Context, Section, sentence
 from bench.timing import Timing, measure
 from lsep_kernels import libraries
 
@@ -21,20 +21,17 @@ LEAST_FLOOR = 10e-6
 OURS, EAGER, COMPILED = "triton", "eager", "compiled"
 
 
-def kernels(context: Context) -> Section:
+def kernels(context: Context, section: Section) -> None:
     """Time of each operator forward and backward, its share of the floor, and its lead over the best alternative."""
-    section = Section("kernels")
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
     # A backward that may reuse its saved tensors' memory runs only once.
     with torch._functorch.config.patch(donated_buffer=False):
         for i, case in enumerate(kernel_cases.time_cases(sizes, context.device)):
             _time_case(context, section, case, Draw(context.device, context.seed + i))
             torch._dynamo.reset()
-            if context.cuda:
-                torch.cuda.empty_cache()
+            context.free()
     section.rows.append(optimizer.row(context, section))
-    if context.cuda:
-        torch.cuda.empty_cache()
+    context.free()
     section.notes += [
         f"Batch {sizes.batch}, medians of five interleaved rounds of eight calls (optimizer: four) with a cold cache; "
         "`spread` is the distance of the quartiles, `host us` what PyTorch's dispatcher takes to queue a call, which "
@@ -43,7 +40,6 @@ def kernels(context: Context) -> Section:
         "whichever is longer; `share` is floor / time. `compiled` is torch.compile of the reference.",
         "The probe's forward computes its gradients as well, so that only forward + backward compares it.",
     ]
-    return section
 
 
 def alternatives(context: Context, section: Section, case: Case) -> dict[str, Operation]:
@@ -113,9 +109,8 @@ def _time_case(context: Context, section: Section, case: Case, draw: Draw) -> No
         try:
             runners[name] = Runner(operation, case, inputs, context.seed)
         except Exception as error:
-            if context.cuda:
-                torch.cuda.synchronize()  # raises where this process can do no more
-            text = f"{name} for {case.title}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            context.synchronize()  # raises where this process can do no more
+            text = f"{name} for {case.title}: {sentence(error)}"
             (section.failures if name == OURS else section.skipped).append(text)
     phases: dict[str, dict[str, Timing]] = {}
     phases["forward"] = measure({n: r.forward for n, r in runners.items()}, context.device)
@@ -139,8 +134,8 @@ def _row(context: Context, case: Case, phase: str, work: Work, times: dict[str, 
     ours = times.get(OURS)
     if ours:
         row |= {
-            "us": ours.median * 1e6, "spread": f"{ours.spread:.0%}", "host us": ours.host * 1e6, "floor us": floor * 1e6,
-            "share": f"{floor / ours.median:.0%}",
+            "us": ours.median * 1e6, "spread": f"{ours.spread:.0%}", "host us": ours.host * 1e6,
+            "floor us": floor * 1e6, "share": f"{floor / ours.median:.0%}",
         }  # fmt: skip
     row |= {"eager us": _micro(others.get(EAGER)), "compiled us": _micro(others.get(COMPILED))}
     libraries_us = [f"{n} {t * 1e6:.0f}" for n, t in others.items() if n not in (EAGER, COMPILED)]

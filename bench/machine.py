@@ -15,9 +15,8 @@ from bench.timing import measure
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total,power.limit,temperature.gpu"
 
 
-def machine(context: Context) -> Section:
+def machine(context: Context, section: Section) -> None:
     """Names and versions, and the measured rates of a copy and of a bf16 matrix product."""
-    section = Section("machine")
     facts = {"GPU": _gpu(context), **_driver(section), **_versions(), "commit": commit(), "seed": context.seed}
     facts["command"] = f"python -m bench.gpu {' '.join(sys.argv[1:])}".strip()
     context.copy_rate = copy_rate(context)
@@ -28,7 +27,6 @@ def machine(context: Context) -> Section:
         facts["clocks after the products"] = ", ".join(_smi("clocks.sm,clocks.mem")) or "unknown"
     section.rows = [{"what": key, "found": str(value)} for key, value in facts.items()]
     section.details = {"copy_rate": context.copy_rate, "matrix_rate": context.matrix_rate, **facts}
-    return section
 
 
 def copy_rate(context: Context) -> float:

@@ -69,9 +69,7 @@ class Problem:
             self.counts = [one.step_count, one.skipped]
             self.step = lambda grads: one.step(grads, self.lr)
         else:
-            self.step = lambda grads: reference.adamw_ema(
-                *lists, grads, self.lr, *self.counts, group=group, **settings
-            )
+            self.step = lambda grads: reference.adamw_ema(*lists, grads, self.lr, *self.counts, group=group, **settings)
 
     def tensors(self) -> list[Tensor]:
         found = [*self.params, *self.moments[0], *self.moments[1], *(t for a in self.averages for t in a)]

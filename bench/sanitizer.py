@@ -1,6 +1,6 @@
 """Section `csrc`: the optimizer's CUDA code under compute-sanitizer's memcheck.
 
-    python -m bench.sanitizer        the program that is checked: a few steps over tensors of odd sizes
+python -m bench.sanitizer        the program that is checked: a few steps over tensors of odd sizes
 """
 
 import os
@@ -19,14 +19,13 @@ LIMIT = 90
 """Seconds."""
 
 
-def csrc(context: Context) -> Section:
+def csrc(context: Context, section: Section) -> None:
     """Memcheck finds no error in the optimizer's kernels."""
-    section = Section("csrc")
     tool = find()
     problem = why_missing("cuda") if context.cuda else f"memcheck needs a GPU, and the device is {context.device.type}"
     if problem or tool is None:
         section.skipped.append(problem or "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin")
-        return section
+        return
     # Without PyTorch's memory cache every tensor is an allocation of its own, whose ends memcheck knows.
     setting = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [tool, "--tool", "memcheck", "--report-api-errors", "no", sys.executable, "-m", "bench.sanitizer"]
@@ -36,18 +35,17 @@ def csrc(context: Context) -> Section:
         )
     except subprocess.TimeoutExpired:
         section.skipped.append(f"memcheck was not done after {LIMIT} s")
-        return section
+        return
     output = done.stdout + done.stderr
     errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
     section.details["output"] = output[-4000:]
     if errors is None or "Device not supported" in output:
         last = (output.strip().splitlines() or ["no output"])[-1][:200]
         section.skipped.append(f"compute-sanitizer does not work here (exit code {done.returncode}): {last}")
-        return section
+        return
     good = int(errors[1]) == 0 and "steps done" in done.stdout
     what = f"memcheck reports {errors[1]} errors, exit code {done.returncode}"
     section.rows.append({"program": "AdamwEma, odd sizes", "errors": int(errors[1]), "ok": section.check(good, what)})
-    return section
 
 
 def find() -> str | None:

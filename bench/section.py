@@ -33,6 +33,16 @@ class Context:
         """Seconds that moving `size` bytes or computing `flops` takes at the measured rates, whichever is longer."""
         return max(size / self.copy_rate, flops / self.matrix_rate)
 
+    def synchronize(self) -> None:
+        """Wait for the GPU; raises where it failed and this process can use it no more."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def free(self) -> None:
+        """Give PyTorch's unused memory back."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+
     def seconds_left(self, at_most: float) -> float:
         """Time for an optional part."""
         return max(0.0, min(at_most, self.deadline - time.monotonic()))
@@ -90,6 +100,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.3g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def sentence(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def plain(value: Any) -> Any:

@@ -87,10 +87,12 @@ def _attention_forward_kernel(
     HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    # One dimension of programs, since the others end at 65,535; the tiles of a head are neighbours and share its keys.
+    tiles = tl.cdiv(T, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     D = H * HEAD
     base = qkv_ptr + (head // H) * T * 3 * D + (head % H) * HEAD
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.arange(0, BLOCK_T)
     # V first: its registers on the way to shared memory are free again before the scores take 128 of them.
     v0, v1 = _load(base + 2 * D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
@@ -117,11 +119,12 @@ def _attention_backward_q_kernel(
     HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(T, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     D = H * HEAD
     packed = (head // H) * T * 3 * D + (head % H) * HEAD
     plain = (head // H) * T * D + (head % H) * HEAD
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     o0, o1 = _load(out_ptr + plain, rows, D, T, HEAD, MAIN, REST, EVEN)
     do0, do1 = _load(dout_ptr + plain, rows, D, T, HEAD, MAIN, REST, EVEN)
     delta = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)
@@ -149,11 +152,12 @@ def _attention_backward_kv_kernel(
     HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(T, BLOCK_N)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     D = H * HEAD
     packed = (head // H) * T * 3 * D + (head % H) * HEAD
     plain = (head // H) * T * D + (head % H) * HEAD
-    keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     k0, k1 = _load(qkv_ptr + packed + D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
     v0, v1 = _load(qkv_ptr + packed + 2 * D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
     dk0 = tl.zeros([BLOCK_N, MAIN], tl.float32)
@@ -188,7 +192,7 @@ def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     out = torch.empty(b, t, d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(b, num_heads, t, dtype=torch.float32, device=qkv.device)
     launch(
-        _attention_forward_kernel, (triton.cdiv(t, FORWARD["BLOCK_M"]), b * num_heads),
+        _attention_forward_kernel, (triton.cdiv(t, FORWARD["BLOCK_M"]) * b * num_heads,),
         qkv, out, lse, t, num_heads, 1 / math.sqrt(head),
         **_tiles(head), EVEN=t == block and t % FORWARD["BLOCK_M"] == 0, BLOCK_T=block, **FORWARD,
     )  # fmt: skip
@@ -203,13 +207,13 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     even = t % max(BACKWARD_Q["BLOCK_M"], BACKWARD_Q["BLOCK_N"]) == 0
     launch(
-        _attention_backward_q_kernel, (triton.cdiv(t, BACKWARD_Q["BLOCK_M"]), b * num_heads),
+        _attention_backward_q_kernel, (triton.cdiv(t, BACKWARD_Q["BLOCK_M"]) * b * num_heads,),
         qkv, out, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **BACKWARD_Q,
     )  # fmt: skip
     even = t % max(BACKWARD_KV["BLOCK_M"], BACKWARD_KV["BLOCK_N"]) == 0
     config = BACKWARD_KV if even else BACKWARD_KV_MASKED
     launch(
-        _attention_backward_kv_kernel, (triton.cdiv(t, config["BLOCK_N"]), b * num_heads),
+        _attention_backward_kv_kernel, (triton.cdiv(t, config["BLOCK_N"]) * b * num_heads,),
         qkv, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **config,
     )  # fmt: skip
     return dqkv

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+# Multiply and add may become one instruction, as always so far; Triton 3.9 warns where nobody says so.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -96,7 +96,7 @@ def choose(
     """
     problem = missing_triton(device)
     if kernels == "triton" and problem:
-        raise Unavailable(f"kernels are 'triton', but {problem}")
+        raise Unavailable(f"kernels is 'triton', but {problem}")
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and problem is None):
         ops = _triton()
     else:

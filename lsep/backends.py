@@ -30,7 +30,7 @@ def choose(config: Config, device: torch.device) -> Backends:
     try:
         chosen = ops.choose(wanted.kernels, wanted.attention, device, dtype, config.grid**2, head_dim)
     except ops.Unavailable as error:
-        raise UserError(f"--backend: {error}") from None
+        raise UserError(f"--backend.{error}") from None
     problem = missing_optimizer(wanted.optimizer, device)
     if problem:
         raise UserError(f"--backend.optimizer is {wanted.optimizer!r}, but {problem}")

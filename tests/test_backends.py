@@ -26,8 +26,8 @@ def test_auto_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("kernels", "triton", "--backend: kernels are 'triton', but Triton needs a GPU, and the device is cpu"),
-        ("attention", "cudnn", "--backend: attention is 'cudnn', but cuDNN needs a GPU"),
+        ("kernels", "triton", "--backend.kernels is 'triton', but Triton needs a GPU, and the device is cpu"),
+        ("attention", "cudnn", "--backend.attention is 'cudnn', but cuDNN needs a GPU"),
         ("optimizer", "apex", "--backend.optimizer is 'apex', but apex needs a GPU"),
     ],
 )

@@ -65,7 +65,7 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_asked_for_and_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, compiled_only: None) -> None:
-    with pytest.raises(Unavailable, match="kernels are 'triton', but Triton needs a GPU"):
+    with pytest.raises(Unavailable, match="kernels is 'triton', but Triton needs a GPU"):
         choose("triton", "auto", CPU, torch.float32, 256, 72)
     with pytest.raises(Unavailable, match="attention is 'cudnn', but cuDNN needs a GPU"):
         choose("auto", "cudnn", CPU, torch.float32, 256, 72)

@@ -1,0 +1,196 @@
+"""Section `training`: the kernels and the CUDA optimizer train as plain PyTorch does.
+
+A small SiT with its probe is trained on random images that can be learned, once with everything this project computes
+itself, once with plain PyTorch from the same seed, and once more from another seed. The two curves of one seed may
+differ by no more than those of two seeds do.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from bench.section import Context, Section, sentence
+from lsep.config import Config, override
+from lsep.data.writer import write_store
+from lsep.train import open_loader, setup, train_step
+from lsep_kernels.adamw_ema import why_missing
+
+WINDOW = 20
+"""Steps of the running mean of a curve."""
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the runs."""
+
+    steps: int
+    batch: int
+    rows: int
+    side: int
+    guarded: int
+    """The last steps run under CUDA's check for host syncs, and out of the clock."""
+    model: dict[str, Any]
+
+
+FULL = Plan(
+    200, 64, 2048, 32, 10,
+    {"model.depth": 4, "model.hidden_size": 384, "model.num_heads": 6, "probe.depth": 2, "probe.window_min": 12},
+)  # fmt: skip
+SMOKE = Plan(
+    2, 4, 8, 4, 1,
+    {"model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2, "probe.depth": 1, "probe.window_min": 1},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's losses `(steps, 2)`, denoising and LSEP, and its speed."""
+
+    losses: Tensor
+    images_per_second: float
+    skipped: int
+
+    def smooth(self) -> Tensor:
+        """Running means `(steps - window + 1, 2)`."""
+        return self.losses.unfold(0, min(WINDOW, len(self.losses)), 1).mean(-1)
+
+
+def write_images(path: Path, plan: Plan) -> None:
+    """Latents of ten classes: a smooth pattern each, and noise."""
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(size=(CLASSES, 4, 4, 4))
+    patterns = coarse.repeat(plan.side // 4, axis=2).repeat(plan.side // 4, axis=3)
+    y = rng.integers(CLASSES, size=plan.rows)
+    x = (patterns[y] + 0.3 * rng.normal(size=(plan.rows, 4, plan.side, plan.side))).astype(np.float32)
+    write_store(path, kind="samples", x=x, y=y, num_classes=CLASSES)
+
+
+def configuration(store: Path, plan: Plan, context: Context, ours: bool, **changes: Any) -> Config:
+    """Settings of a run by this project's own code, or by plain PyTorch and its optimizer."""
+    own_optimizer = "csrc" if why_missing(context.device.type) is None else "reference"
+    return override(Config(), {
+        **plan.model, "optim.lr": 5e-4, "optim.probe_lr": 1e-3, "optim.warmup_steps": 20, "optim.ema_decay": 0.99,
+        "data.path": str(store), "data.loader": "resident", "train.steps": plan.steps, "train.batch_size": plan.batch,
+        "train.device": context.device.type, "train.precision": "bf16" if context.cuda else "fp32",
+        "backend.kernels": "triton" if ours else "reference", "backend.attention": "triton" if ours else "reference",
+        "backend.optimizer": own_optimizer if ours else "torch",
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    })  # fmt: skip
+
+
+@contextmanager
+def no_sync(active: bool) -> Iterator[None]:
+    """PyTorch raises on whatever makes the host wait for the GPU."""
+    if not active:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def run(config: Config, plan: Plan, context: Context, guard: bool) -> Curve:
+    """Train; `guard` runs the last steps under the check for syncs."""
+    torch._dynamo.reset()
+    state = setup(config)
+    statistics: list[Tensor] = []
+    first, last = plan.steps // 4, plan.steps - plan.guarded  # the clock's
+    marks = {}
+    for step, batches in enumerate(open_loader(state, 0, plan.steps)):
+        if step in (first, last):
+            marks[step] = _now(context)
+        with no_sync(guard and context.cuda and step >= last):
+            statistics.append(train_step(state, step, batches))
+    found = torch.stack(statistics).cpu()
+    speed = (last - first) * plan.batch / (marks[last] - marks[first])
+    curve = Curve(copy.deepcopy(found[:, :2]), speed, int(found[:, -1].sum()))
+    del state, statistics
+    context.free()
+    return curve
+
+
+def _now(context: Context) -> float:
+    context.synchronize()
+    return time.perf_counter()
+
+
+def training(context: Context, section: Section) -> None:
+    """Loss curves inside the spread of two reference seeds, no host sync, and images/s as ratios."""
+    plan = SMOKE if context.smoke else FULL
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        write_images(store, plan)
+        base = run(configuration(store, plan, context, False), plan, context, guard=False)
+        other = run(configuration(store, plan, context, False, train__seed=1), plan, context, guard=False)
+        spread = (base.smooth() - other.smooth()).abs()
+        section.rows += [_row("plain PyTorch", base, base, base), _row("plain PyTorch, other seed", other, base, base)]
+        allowed = spread.amax(0), spread.mean(0)
+        for name, changes in (("triton + csrc", {}), ("triton + csrc, compiled", {"train__compile": True})):
+            if changes and context.smoke:
+                section.skipped.append("the compiled run: a smoke test compiles nothing")
+                continue
+            try:
+                config = configuration(store, plan, context, True, **changes)
+                curve = run(config, plan, context, guard=True)
+            except Exception as error:
+                context.synchronize()  # raises where this process can do no more
+                section.failures.append(f"{name}: {sentence(error)}")
+                continue
+            section.rows.append(_judge(section, name, curve, base, allowed))
+            section.details[name] = curve.losses.tolist()
+    section.details |= {"plain PyTorch": base.losses.tolist(), "plain PyTorch, other seed": other.losses.tolist()}
+    _learned(section, base, plan)
+    section.notes += _notes(context, plan)
+
+
+def _row(name: str, curve: Curve, same_seed: Curve, reference: Curve) -> dict[str, Any]:
+    apart = (curve.smooth() - same_seed.smooth()).abs()
+    top, mean = (", ".join(f"{x:.2e}" for x in values.tolist()) for values in (apart.amax(0), apart.mean(0)))
+    return {
+        "run": name,
+        "last losses": ", ".join(f"{x:.4f}" for x in curve.smooth()[-1].tolist()),
+        "largest difference": top,
+        "mean difference": mean,
+        "images/s": curve.images_per_second,
+        "times plain PyTorch": curve.images_per_second / reference.images_per_second,
+    }
+
+
+def _judge(section: Section, name: str, curve: Curve, base: Curve, allowed: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    apart = (curve.smooth() - base.smooth()).abs()
+    inside = bool((apart.amax(0) <= allowed[0]).all() and (apart.mean(0) <= allowed[1]).all())
+    sentence = f"{name}: its losses leave the spread of two seeds, or {curve.skipped} skipped steps are too many"
+    good = section.check(inside and curve.skipped == 0, sentence)
+    return _row(name, curve, base, base) | {"inside the spread": good}
+
+
+def _learned(section: Section, base: Curve, plan: Plan) -> None:
+    """Curves that stay where they begin would agree whatever the kernels do."""
+    if plan.steps >= 4 * WINDOW:
+        smooth = base.smooth()[:, 0]
+        section.check(float(smooth[-1]) < 0.8 * float(smooth[0]), "plain PyTorch did not learn: nothing is compared")
+
+
+def _notes(context: Context, plan: Plan) -> list[str]:
+    why = why_missing(context.device.type)
+    return [
+        f"{plan.steps} steps of batch {plan.batch}, {(plan.side // 2) ** 2} tokens, {plan.model}. Losses are denoising "
+        f"and LSEP, as running means over {WINDOW} steps; differences are to plain PyTorch of the same seed.",
+        f"The last {plan.guarded} steps of this project's runs are under torch.cuda.set_sync_debug_mode('error')"
+        + ("." if context.cuda else ", on a GPU."),
+        *([f"adamw_ema by the reference: {why}"] if why else []),
+    ]
