@@ -65,9 +65,10 @@ def run_all(context: Context, wanted: list[str]) -> list[Section]:
         print(f"{function.__name__} ...", file=sys.stderr, flush=True)
         done.append(run_one(function, context))
         print(f"{function.__name__}: {done[-1].state}, {done[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-        rest = [s.__name__ for s in chosen[i + 1 :]]
-        if rest and not alive(context):
-            return done + elsewhere(context, rest)
+        if not alive(context):
+            done[-1].failures.append("after it the GPU could not be used any more by its process")
+            rest = [s.__name__ for s in chosen[i + 1 :]]
+            return done + elsewhere(context, rest) if rest else done
     return done
 
 

@@ -113,11 +113,9 @@ def correctness(context: Context, section: Section) -> None:
             worst = compare(case, case.make(Draw(context.device, context.seed + i)), context.seed + i)
         except Exception as error:
             context.synchronize()  # raises where this process can do no more
-            worst = Worst(float("inf"), f"{type(error).__name__}: {str(error)[:200]}")
+            worst = Worst(float("inf"), sentence(error), float("nan"))
         row |= {"nearest to its limit": worst.what, "error": worst.error, "allowed": worst.allowed}
-        what = (
-            f"{case.title}: {worst.what} is off by {worst.error:.3g} of the largest entry, {worst.allowed:.3g} allowed"
-        )
+        what = f"{case.title}: {worst.what}, error {worst.error:.3g} of the largest entry, {worst.allowed:.3g} allowed"
         section.rows.append(row | {"ok": section.check(worst.share <= 1, what)})
         context.free()
     section.rows += optimizer.correctness(context, section)
