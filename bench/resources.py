@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, velocity_loss
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 COPY_RATE, MATRIX_RATE = 4.3e12, 790e12
 MATRIX_KERNELS = {"attention_forward", "attention_backward_q", "attention_backward_kv", "probe_matmul"}
 B, T, D = 256, 256, 1152

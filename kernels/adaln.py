@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsep_kernels.operator import check, launch, operator, power_of_2
+from lsep_kernels.operator import check, dense_rows, launch, operator, power_of_2
 
 FORWARD = {"ROWS": 4, "num_warps": 8}
 BACKWARD = {"ROWS": 1, "STAGES": 2, "num_warps": 8}
@@ -61,7 +61,8 @@ def _adaln_forward_kernel(
 def _adaln_backward_kernel(
     dsum_ptr, dh_ptr, x_ptr, gate_ptr, y_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr, partial_ptr,
     T, D, gate_stride, scale_stride,
-    GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATED: tl.constexpr, STREAM: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
@@ -89,8 +90,9 @@ def _adaln_backward_kernel(
         dxhat = dh * scale[None, :]
         along = tl.sum(dxhat * xhat, 1) / D
         dx = (dxhat - (tl.sum(dxhat, 1) / D)[:, None] - xhat * along[:, None]) * rstd[:, None]
-        if GATED:
+        if STREAM:
             dx += tl.load(dsum_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
             y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
             dgate += tl.sum(tl.where(mask, dx * y, 0.0), 0)
             tl.store(dy_ptr + place, (dx * gate[None, :]).to(dy_ptr.dtype.element_ty), mask=mask)
@@ -137,7 +139,7 @@ def _run_backward(
         _adaln_backward_kernel, (chunks, n),
         x if dsum is None else dsum, dh, x, x if gate is None else gate, x if y is None else y, scale, mean, rstd,
         dx, dy, partial, t, d, 0 if gate is None else gate.stride(0), scale.stride(0),
-        GATED=gated, TOKENS=tokens, BLOCK_D=power_of_2(d), **BACKWARD,
+        GATED=gated, STREAM=dsum is not None, TOKENS=tokens, BLOCK_D=power_of_2(d), **BACKWARD,
     )  # fmt: skip
     return dx, dy, partial.sum(2).to(scale.dtype)
 
@@ -162,7 +164,7 @@ def _gate_residual_norm_modulate(
 
 @operator("gate_residual_norm_modulate_backward")
 def _gate_residual_norm_modulate_backward(
-    dsum: Tensor, dh: Tensor, x: Tensor, gate: Tensor, y: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+    dsum: Tensor | None, dh: Tensor, x: Tensor, gate: Tensor, y: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _run_backward(dsum, dh, x, gate, y, scale, mean, rstd)
 
@@ -184,7 +186,7 @@ def _(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: flo
 
 @_gate_residual_norm_modulate_backward.register_fake
 def _(
-    dsum: Tensor, dh: Tensor, x: Tensor, gate: Tensor, y: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+    dsum: Tensor | None, dh: Tensor, x: Tensor, gate: Tensor, y: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, ...]:
     return torch.empty_like(x), torch.empty_like(y), scale.new_empty(3, *scale.shape)
 
@@ -207,11 +209,18 @@ def _norm_gradients(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, gate, y, _, scale, _ = inputs
     total, _, mean, rstd = output
+    ctx.set_materialize_grads(False)  # nothing reads the stream after the last block: no zeros for its gradient
     ctx.save_for_backward(total, gate, y, scale, mean, rstd)
 
 
-def _gated_gradients(ctx: Any, dsum: Tensor, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dy, sums = _gate_residual_norm_modulate_backward(dsum.contiguous(), dh.contiguous(), *ctx.saved_tensors)
+def _gated_gradients(ctx: Any, dsum: Tensor | None, dh: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    total, gate, y, scale, mean, rstd = ctx.saved_tensors
+    if dh is None:  # only the stream was used
+        dh = torch.zeros_like(total, dtype=scale.dtype)
+    dsum = None if dsum is None else dsum.contiguous()
+    dx, dy, sums = _gate_residual_norm_modulate_backward(
+        dsum, dh.contiguous(), total, gate, y, scale, mean, rstd
+    )  # fmt: skip
     return dx, sums[2], dy, sums[0], sums[1], None
 
 
@@ -223,7 +232,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) ->
     """`LN(x) (1 + scale) + shift`, see `reference.norm_modulate`; x `(N, T, D)`, shift and scale `(N, D)`."""
     n, _, d = x.shape
     check("norm_modulate", (n, d), shift=shift, scale=scale)
-    return _norm_modulate(x.contiguous(), shift, scale, eps)[0]
+    return _norm_modulate(x.contiguous(), dense_rows(shift), dense_rows(scale), eps)[0]
 
 
 def gate_residual_norm_modulate(
@@ -233,4 +242,5 @@ def gate_residual_norm_modulate(
     n, _, d = x.shape
     check("gate_residual_norm_modulate", (n, d), gate=gate, shift=shift, scale=scale)
     check("gate_residual_norm_modulate", tuple(x.shape), y=y)
+    gate, shift, scale = (dense_rows(m) for m in (gate, shift, scale))
     return _gate_residual_norm_modulate(x.contiguous(), gate, y.contiguous(), shift, scale, eps)[:2]

@@ -93,9 +93,23 @@ def cuda_library() -> ctypes.CDLL | None:
 
 
 def why_missing(device: str = "cuda") -> str | None:
-    """One sentence saying why `device` ("cuda" or "cpu") has no library; None when it has one."""
+    """One sentence saying why `device` ("cuda" or "cpu") has no library, or none that runs on its GPU; else None."""
     found = _load("cuda" if device == "cuda" else "host")
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    return _fails_on_gpu() if device == "cuda" and torch.cuda.is_available() else None
+
+
+@cache
+def _fails_on_gpu() -> str | None:
+    """A GPU older than the library's machine code, or a driver older than its runtime."""
+    library = cuda_library()
+    assert library is not None
+    with torch.cuda.device(torch.cuda.current_device()):
+        code = library.lsep_adamw_ema_prepare(torch.cuda.current_device())
+    if not code:
+        return None
+    return f"the optimizer's cuda library does not run on this GPU ({library.lsep_adamw_ema_error(code).decode()})"
 
 
 def _library(device: torch.device) -> ctypes.CDLL:

@@ -1,6 +1,6 @@
 """Self-attention over packed `qkv` for short sequences: all keys of a head at once, no online softmax.
 
-    attention(qkv (B, T, 3 D), num_heads) -> (B, T, D)        T <= 256; float16 and bfloat16, sm_90 and newer
+    attention(qkv (B, T, 3 D), num_heads) -> (B, T, D)        T <= 256; float16 and bfloat16, sm_90 and sm_100
 
 A head of width 72 is cut into 64 + 8 columns, the 8 padded to 16 (the least a matrix instruction takes), where a power
 of two would cost 128. Q, K and V are read from the packed projection and dQ, dK, dV written back packed: no transposes,
@@ -139,8 +139,9 @@ def _attention_backward_q_kernel(
         keys = start + tl.arange(0, BLOCK_N)
         k0, k1 = _load(qkv_ptr + packed + D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
         v0, v1 = _load(qkv_ptr + packed + 2 * D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
-        # Past T, p = exp2(0 - lse) is finite and the rows of K are zero: nothing is added to dQ.
         p = tl.exp2(_products(q0, q1, k0, k1, REST) * (scale * _LOG2E) - lse[:, None])
+        if not EVEN:  # where all scores are far below 0, exp2(0 - lse) past T is infinite, and times a zero of K a NaN
+            p = tl.where((keys < T)[None, :], p, 0.0)
         ds = p * (_products(do0, do1, v0, v1, REST) - delta[:, None])
         dq0, dq1 = _accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, REST)
     _store(dqkv_ptr + packed, rows, 3 * D, T, dq0 * scale, dq1 * scale, HEAD, MAIN, REST)
@@ -170,7 +171,8 @@ def _attention_backward_kv_kernel(
         do0, do1 = _load(dout_ptr + plain, rows, D, T, HEAD, MAIN, REST, EVEN)
         lse = tl.load(lse_ptr + head * T + rows, mask=rows < T, other=0.0)
         delta = tl.load(delta_ptr + head * T + rows, mask=rows < T, other=0.0)
-        # Transposed scores: p and ds feed the next products from registers. Past T, Q and dO are zero.
+        # Transposed scores: p and ds feed the next products from registers. Past T, Q and dO are zero; keys past T may
+        # overflow, in rows of their own, which are not stored.
         p = tl.exp2(_products(k0, k1, q0, q1, REST) * (scale * _LOG2E) - lse[None, :])
         ds = p * (_products(v0, v1, do0, do1, REST) - delta[None, :])
         dv0, dv1 = _accumulate(p.to(v0.dtype), do0, do1, dv0, dv1, REST)
@@ -246,13 +248,18 @@ def missing(tokens: int, head: int, dtype: torch.dtype, device: torch.device) ->
     """Why these kernels do not take this shape, type or device, or None."""
     if tokens > MAX_TOKENS:
         return f"{tokens} tokens, expected at most {MAX_TOKENS} (all keys of a head at once)"
-    if not 16 <= head <= 80 or head % 8:
-        return f"head_dim {head}, expected a multiple of 8 from 16 to 80"
-    if dtype == torch.float32 and not INTERPRETED:
-        return "float32, expected float16 or bfloat16 (its tiles would not fit into registers)"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        # Without WGMMA the operands take registers as well: the forward spills 360 to 540 bytes on sm_80.
-        return "compute capability below 9.0, where a head's keys do not fit into registers"
+    if INTERPRETED:
+        fits = 16 <= head <= 80 and head % 8 == 0
+        return None if fits else f"head_dim {head}, expected a multiple of 8 from 16 to 80"
+    if head not in (64, 72):
+        return f"head_dim {head}, expected 64 or 72"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype}, expected float16 or bfloat16 (the tiles of others would not fit into registers)"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major not in (9, 10):
+            # Operands then take registers as well: the forward spills 360 to 540 bytes on sm_80, 500 on sm_120.
+            return f"compute capability {major}.{minor}, expected 9.x or 10.x, where operands stay in shared memory"
     return None
 
 

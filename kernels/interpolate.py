@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsep_kernels.operator import check, launch, operator
+from lsep_kernels.operator import check, check_integers, launch, operator
 from lsep_kernels.reference import FORMS
 
 CONFIG = {"BLOCK": 256, "num_warps": 4}
@@ -143,6 +143,7 @@ def interpolate(
     if form not in FORMS or path not in PATHS:
         raise ValueError(f"interpolate: form is {form!r}, path {path!r}, expected one of {FORMS} and one of {PATHS}")
     check("interpolate", (len(rows),), ids=ids, t=t)
+    check_integers("interpolate", ids=ids, epoch=epoch)
     # An operator's integers are signed: the upper half of the seeds goes as its two's complement.
     signed = seed - 2**64 if seed >= 2**63 else seed
     rows, ids, t = (x.detach().contiguous() for x in (rows, ids, t))

@@ -1,10 +1,9 @@
 """Attention by libraries, all with the signature of `attention.attention`: SDPA, its cuDNN backend, flash-attn.
 
-Each but SDPA has a function `missing_...` that says in one sentence why it cannot be used here, or None.
+`missing_cudnn` and `choose_flash` say in one sentence why one cannot be used here.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -47,16 +46,19 @@ def missing_cudnn(device: torch.device, head: int, dtype: torch.dtype) -> str | 
     return None
 
 
-def _flash_modules() -> dict[int, str]:
-    """Modules of the flash-attn generations installed here: 2, 3 (Hopper) and 4 (CuTe)."""
-    found = {}
-    if importlib.util.find_spec("flash_attn_2_cuda") is not None:
-        found[2] = "flash_attn"
-    if importlib.util.find_spec("flash_attn_interface") is not None:
-        found[3] = "flash_attn_interface"
-    if importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None:
-        found[4] = "flash_attn.cute"
-    return found
+def cannot_import(module: str) -> str | None:
+    """None when `module` can be imported, else the reason: not installed, or built for another torch."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return f"{module} is not installed"
+    except Exception as error:  # an extension of another ABI raises what it likes
+        return f"{module} is installed but cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+_FLASH = {2: ("flash_attn", "flash_attn_2_cuda"), 3: ("flash_attn_interface",), 4: ("flash_attn.cute",)}
+"""The generations of flash-attn: the module of `flash_attn_func`, and what else must be there."""
 
 
 def _flash_problem(generation: int, capability: tuple[int, int], head: int) -> str | None:
@@ -74,18 +76,19 @@ def choose_flash(device: torch.device, head: int, dtype: torch.dtype) -> int | s
         return f"flash-attn needs a GPU, and the device is {device.type}"
     if dtype == torch.float32:
         return "the type is float32, expected float16 or bfloat16"
-    modules = _flash_modules()
-    if not modules:
-        return f"flash-attn is not installed: {FLASH_INSTALL}"
+    absent = {g: next(filter(None, map(cannot_import, modules)), None) for g, modules in _FLASH.items()}
     capability = torch.cuda.get_device_capability(device)
-    problems = {g: _flash_problem(g, capability, head) for g in modules}
+    problems = {g: _flash_problem(g, capability, head) for g, reason in absent.items() if reason is None}
     usable = [g for g, problem in problems.items() if problem is None]
-    return max(usable) if usable else "; ".join(p for p in problems.values() if p)
+    if usable:
+        return max(usable)
+    broken = [reason for reason in absent.values() if reason and "cannot be imported" in reason]
+    return "; ".join([p for p in problems.values() if p] + broken) or f"flash-attn is not installed: {FLASH_INSTALL}"
 
 
 def flash(generation: int) -> Callable[[Tensor, int], Tensor]:
     """Attention by `flash_attn_func` of an installed generation."""
-    function: Any = importlib.import_module(_flash_modules()[generation]).flash_attn_func
+    function: Any = importlib.import_module(_FLASH[generation][0]).flash_attn_func
 
     def flash_attention(qkv: Tensor, num_heads: int) -> Tensor:
         out = function(*_heads(qkv, num_heads))

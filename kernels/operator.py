@@ -26,17 +26,31 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run `kernel` over `grid` in a way that `torch.compile` can look into."""
+    """Run `kernel` over `grid` on the current device, in a way that `torch.compile` can look into."""
+    if any(size > 65_535 for size in grid[1:]):
+        raise ValueError(
+            f"a grid of {grid} programs was asked for, a GPU takes 65535 in the second and third dimension"
+        )
     torch.library.wrap_triton(kernel)[grid](*args, **meta)
 
 
 def check(name: str, wanted: tuple[int, ...], **tensors: Tensor) -> None:
-    """Raise ValueError unless every tensor has the shape `wanted` and, with two dimensions or more, dense rows."""
+    """Raise ValueError unless every tensor has the shape `wanted`."""
     for key, tensor in tensors.items():
         if tuple(tensor.shape) != wanted:
             raise ValueError(f"{name}: {key} is {tuple(tensor.shape)}, expected {wanted}")
-        if tensor.ndim > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: {key} has stride {tensor.stride(-1)} along its last dimension, expected 1")
+
+
+def check_integers(name: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless every tensor is int64."""
+    for key, tensor in tensors.items():
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: {key} is {tensor.dtype}, expected torch.int64")
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy whose last dimension is dense; its rows may lie apart, as those of a chunk do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def power_of_2(n: int, least: int = 16) -> int:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsep_kernels.operator import check, launch, operator, power_of_2
+from lsep_kernels.operator import check, check_integers, launch, operator, power_of_2
 
 EPS = 1e-5
 """As in `nn.LayerNorm`."""
@@ -175,6 +175,9 @@ def _probe_head(
     new = partial(torch.empty, dtype=torch.float32, device=features.device)
     h, hits = new(b, d, dtype=dtype), new(b, dtype=torch.bool)
     mean, rstd, losses = new(b), new(b), new(b)
+    unit = _unit(sample_weight) if dtype == torch.float16 else None
+    if unit is not None:
+        sample_weight = sample_weight / unit
     block_d, block_k = power_of_2(d), min(power_of_2(k), SOFTMAX_BLOCK)
     launch(_probe_norm_kernel, (b,), features, norm_weight, norm_bias, h, mean, rstd, d, EPS, BLOCK_D=block_d, **ROW)
     logits = _product(h, weight.T, h, bias)
@@ -183,8 +186,9 @@ def _probe_head(
         _probe_loss_kernel, (b,), logits, labels, sample_weight, losses, hits, dlogits, label_smoothing,
         K=k, GRADIENTS=gradients, BLOCK_K=block_k, **ROW,
     )  # fmt: skip
+    loss = losses.sum() if unit is None else losses.sum() * unit
     if not gradients:
-        return losses.sum(), hits, dlogits, new(0), new(0), new(0)
+        return loss, hits, dlogits, new(0), new(0), new(0)
     dfeatures, programs = new(b, d), triton.cdiv(b, BACKWARD["ROWS"])
     sums = new(2, programs, d)
     dh = _product(dlogits, weight, h)
@@ -192,7 +196,14 @@ def _probe_head(
         _probe_norm_backward_kernel, (programs,), dh, features, norm_weight, mean, rstd, dfeatures, sums, b, d,
         BLOCK_D=block_d, **BACKWARD,
     )  # fmt: skip
-    return losses.sum(), hits, dfeatures, sums.sum(1), _product(dlogits.T, h, h), dlogits.sum(0)
+    found = dfeatures, sums.sum(1), _product(dlogits.T, h, h), dlogits.sum(0)
+    dfeatures, dnorm, dweight, dbias = found if unit is None else (g * unit for g in found)
+    return loss, hits, dfeatures, dnorm, dweight, dbias
+
+
+def _unit(sample_weight: Tensor) -> Tensor:
+    """The power of two at the largest weight: divided by it, gradients of weights near 10^-4 survive float16."""
+    return torch.exp2(torch.floor(torch.log2(sample_weight.float().abs().amax().clamp(min=2.0**-60))))
 
 
 @_probe_head.register_fake
@@ -241,6 +252,7 @@ def probe_head(
     check("probe_head", (k, d), weight=weight)
     check("probe_head", (k,), bias=bias)
     check("probe_head", (b,), labels=labels, sample_weight=sample_weight)
+    check_integers("probe_head", labels=labels)
     inputs = tuple(x.contiguous() for x in (features, norm_weight, norm_bias, weight, bias))
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     loss, hits, *_ = _probe_head(

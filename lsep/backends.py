@@ -1,13 +1,12 @@
 """Which implementation computes what: chosen from the configuration and the device, here and nowhere else."""
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
 
 from lsep.config import Config
 from lsep.errors import UserError
-from lsep_kernels import adamw_ema, ops
+from lsep_kernels import adamw_ema, libraries, ops
 
 APEX_INSTALL = (
     "git clone https://github.com/NVIDIA/apex && pip install -v --no-build-isolation "
@@ -39,7 +38,7 @@ def choose(config: Config, device: torch.device) -> Backends:
 
 def best_optimizer(device: torch.device) -> str:
     """What `auto` means: csrc on a GPU where it is built; on a CPU torch's threads beat its single one."""
-    return "csrc" if device.type == "cuda" and adamw_ema.cuda_library() is not None else "torch"
+    return "csrc" if device.type == "cuda" and adamw_ema.why_missing() is None else "torch"
 
 
 def missing_optimizer(name: str, device: torch.device) -> str | None:
@@ -49,9 +48,8 @@ def missing_optimizer(name: str, device: torch.device) -> str | None:
     if name == "apex":
         if device.type != "cuda":
             return f"apex needs a GPU, and the device is {device.type}"
-        # The package index holds an unrelated package of that name.
-        if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.optimizers") is None:
-            return f"NVIDIA's apex is not installed: {APEX_INSTALL}"
-        if importlib.util.find_spec("amp_C") is None:
-            return f"apex was installed without its CUDA extensions: {APEX_INSTALL}"
+        for module in ("apex.optimizers", "amp_C"):  # the package index holds an unrelated apex, without either
+            problem = libraries.cannot_import(module)
+            if problem:
+                return f"{problem} (NVIDIA's apex with its CUDA extensions is expected): {APEX_INSTALL}"
     return None

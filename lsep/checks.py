@@ -59,7 +59,7 @@ def check(config: Config) -> None:
         train.batch_size % config.optim.accumulate == 0,
         f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
     )
-    _require(train.seed < 2**64, f"--train.seed is {train.seed}, expected below 2^64")
+    _require(train.seed < 2**63, f"--train.seed is {train.seed}, expected below 2^63")
     _require(
         config.sample.guidance_low <= config.sample.guidance_high,
         f"--sample.guidance-low is {config.sample.guidance_low}, expected at most --sample.guidance-high "

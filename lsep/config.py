@@ -177,7 +177,7 @@ class BackendConfig:
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Operations of the block, the probe and the loss: Triton kernels or plain PyTorch; auto is Triton on a GPU."""
     attention: Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"] = "auto"
-    """Attention; auto takes the Triton kernel for up to 256 tokens on a GPU, otherwise cuDNN or SDPA."""
+    """Attention; auto is the Triton kernel on Hopper for 256 tokens and heads of 64 or 72, else cuDNN or SDPA."""
     optimizer: Literal["auto", "csrc", "torch", "apex", "reference"] = "auto"
     """Clipping, AdamW and EMA; auto is csrc on a GPU where it is built, otherwise torch."""
 

@@ -51,8 +51,8 @@ def parts() -> list[Part]:
     from lsep_kernels import adamw_ema
 
     for name, device in (("csrc/adamw_ema.cpp", "cpu"), ("csrc/adamw_ema.cu", "cuda")):
-        why = adamw_ema.why_missing(device)
-        found.append(Part(name, None if why else "built", why or f"--backend.optimizer csrc on {device}"))
+        reason = adamw_ema.why_missing(device)
+        found.append(Part(name, None if reason else "built", reason or f"--backend.optimizer csrc on {device}"))
     missing = missing_for_compile("cpu")
     found.append(Part("compile, CPU", None if missing else "ready", missing or "--train.compile"))
     found.append(_package("triton", "triton", "kernels, and --train.compile on a GPU", "pip install triton"))

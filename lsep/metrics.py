@@ -36,7 +36,7 @@ class Logger:
             self.wandb.log(numbers, step=values["step"])
         accuracy = values["probe_accuracy"]
         shown = {
-            "loss": f"{values['loss']:.4f}",
+            "loss": "not finite" if values["loss"] is None else f"{values['loss']:.4f}",
             **({} if accuracy is None else {"probe": f"{accuracy:.1%}"}),
             "img/s": f"{values['images_per_second']:.0f}",
         }

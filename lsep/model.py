@@ -253,7 +253,8 @@ class SiT(nn.Module):
         """Embedded patches with their positions `(N, T, D)`, in the type of the residual stream."""
         h = self.x_embedder(x)
         # Under autocast h is bf16 and the positions float32: their sum alone would make the stream float32.
-        return (h + self.pos_embed).to(torch.float32 if self.fp32_residual else h.dtype)
+        h = (h + self.pos_embed).to(torch.float32 if self.fp32_residual else h.dtype)
+        return h.contiguous()  # channels come first from the convolution; every operation after it wants them last
 
     def initialize(self, generator: torch.Generator) -> None:
         """DiT's initialisation: Xavier matrices, zero gates and zero output, so that every block starts as identity."""

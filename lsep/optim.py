@@ -24,11 +24,14 @@ Named = dict[str, nn.Parameter]
 class Optimizer(Protocol):
     """What a training step needs of an optimizer."""
 
-    def step(self, factor: float) -> Tensor:
-        """Clip, update all weights at `factor` times their base rate, average them, drop the gradients.
+    def set_rate(self, factor: float) -> None:
+        """The rates of the next step, as a multiple of their base."""
 
-        Returns the gradient norm before clipping, on the device. Where it is not finite nothing is updated (with apex,
-        everything is).
+    def step(self) -> Tensor:
+        """Clip, update all weights, average them, drop the gradients; the gradient norm before clipping, on the device.
+
+        Where the norm is not finite nothing changes (apex has no switch for that: there the gradient counts as zero,
+        and the momentum still moves the weights).
         """
 
     def tensors(self) -> dict[str, Tensor]:
@@ -87,16 +90,24 @@ class LibraryOptimizer:
         else:
             self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
 
-    def step(self, factor: float) -> Tensor:
+    def set_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
+        finite = torch.isfinite(norm)
         if self.by == "torch":  # its kernel leaves weights and state alone where this is 1, without a host sync
-            self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+            self.optimizer.found_inf = (~finite).to(torch.float32)
+        else:
+            for p in self.params:
+                p.grad = None if p.grad is None else torch.where(finite, p.grad, 0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.params, 1 - self.config.ema_decay)
+        for p in self.params:
+            p.grad = None
+        weight = torch.where(finite, 1 - self.config.ema_decay, 0.0)
+        torch._foreach_lerp_(self.averages, self.params, [weight] * len(self.params))
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
@@ -131,7 +142,9 @@ class OneOperation:
         device = params[0].device
         first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
         self.moments = first, second
-        # On the device, so that a CUDA graph follows the schedule.
+        self.updated: set[str] = set()
+        """Names of the parameters that have had a gradient."""
+        # On the device, so that the replay of a CUDA graph of `step` uses what `set_rate` wrote.
         self.base_lr = torch.tensor([config.lr, config.probe_lr], device=device)
         self.lr = self.base_lr.clone()
         group = [int(_is_probe(name)) for name in self.named]
@@ -153,8 +166,11 @@ class OneOperation:
 
         self.update = update
 
-    def step(self, factor: float) -> Tensor:
+    def set_rate(self, factor: float) -> None:
         torch.mul(self.base_lr, factor, out=self.lr)
+
+    def step(self) -> Tensor:
+        self.updated |= {name for name, p in self.named.items() if p.grad is not None}
         norm = self.update([p.grad for p in self.named.values()], self.lr)
         for p in self.named.values():
             p.grad = None
@@ -162,15 +178,17 @@ class OneOperation:
 
     def tensors(self) -> dict[str, Tensor]:
         steps = self.step_count.to(torch.float32)
-        out = {f"step.{name}": steps.clone() for name in self.named}
-        for key, moments in zip(("exp_avg", "exp_avg_sq"), self.moments, strict=True):
-            out |= {f"{key}.{name}": m for name, m in zip(self.named, moments, strict=True)}
+        out: dict[str, Tensor] = {}
+        for name, first, second in zip(self.named, *self.moments, strict=True):
+            if name in self.updated:
+                out |= {f"step.{name}": steps.clone(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
         return out
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         places = {name: i for i, name in enumerate(self.named)}
         steps = 0
         for name, _, state in _states(self.named, tensors):
+            self.updated.add(name)
             steps = max(steps, int(state["step"]))
             for key, moments in zip(("exp_avg", "exp_avg_sq"), self.moments, strict=True):
                 moments[places[name]].copy_(state[key])
@@ -182,8 +200,15 @@ def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.
     keys = ("step", "exp_avg", "exp_avg_sq")
     unknown = tensors.keys() - {f"{key}.{name}" for key in keys for name in named}
     if unknown:
-        raise UserError(f"unknown tensor {min(unknown)!r} in the optimizer's state")
+        raise UserError(f"unknown tensor {min(unknown)!r}")
     for name, p in named.items():
-        # A parameter that never had a gradient (a probe switched off from the start) has no state.
-        if f"exp_avg.{name}" in tensors:
-            yield name, p, {key: tensors[f"{key}.{name}"].to(p.device) for key in keys}
+        state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+        if not state and _is_probe(name):  # a probe switched off from the start never had a gradient
+            continue
+        for key in keys:
+            if key not in state:
+                raise UserError(f"tensor '{key}.{name}' is missing")
+            wanted = () if key == "step" else tuple(p.shape)
+            if tuple(state[key].shape) != wanted:
+                raise UserError(f"{key}.{name} is {tuple(state[key].shape)}, expected {wanted}")
+        yield name, p, {key: value.to(p.device) for key, value in state.items()}

@@ -36,6 +36,9 @@ from lsep.optim import Optimizer, build_optimizer, rate_factor
 from lsep.plan import BranchPlan, branch_plan
 from lsep.run import Run
 
+MAX_LOST = 10
+"""A run ends when no step of so many, and of a whole log window, has a finite gradient."""
+
 
 @dataclass
 class State:
@@ -133,8 +136,8 @@ def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
         (losses.total / len(batches)).backward()
         means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
         statistics.append(torch.cat([means, losses.hits.flatten()]))
-    rate = rate_factor(step, config.optim, config.train.steps)
-    norm = state.optimizer.step(rate)
+    state.optimizer.set_rate(rate_factor(step, config.optim, config.train.steps))
+    norm = state.optimizer.step()
     total = torch.stack(statistics).sum(0)
     finite = torch.isfinite(norm)
     total = torch.where(finite, torch.cat([total[:2], norm[None], total[2:]]), 0)
@@ -226,6 +229,8 @@ class _Window:
     def __init__(self, state: State, step: int, seconds: float) -> None:
         self.state, self.step, self.seconds = state, step, seconds
         self.sums: Tensor | None = None
+        self.lost = 0
+        """Steps skipped one after the other, in windows in which all were."""
 
     def add(self, statistics: Tensor) -> None:
         self.sums = statistics if self.sums is None else self.sums + statistics
@@ -235,12 +240,14 @@ class _Window:
         assert self.sums is not None
         config, count = self.state.config, step - self.step
         *values, skipped = self.sums.tolist()
-        denoising, lsep, norm = (v / (count - skipped) if count > skipped else math.nan for v in values[:3])
-        if not math.isfinite(denoising + lsep + norm):
+        done = count - int(skipped)
+        self.lost = 0 if done else self.lost + count
+        if self.lost >= MAX_LOST or not all(map(math.isfinite, values)):
             raise UserError(
-                f"no step from {self.step + 1} to {step} has a finite loss and gradient (means: denoising {denoising}, "
-                f"LSEP {lsep}, gradient norm {norm}): start another --run-dir with a lower --optim.lr"
+                f"no step from {step - self.lost + 1} to {step} has a finite loss and gradient: "
+                "start another --run-dir with a lower --optim.lr"
             )
+        denoising, lsep, norm = (v / done if done else None for v in values[:3])
         hits, counts = values[3 : 3 + TIME_BINS], values[3 + TIME_BINS :]
         seconds = clock.seconds
         line = {
@@ -248,7 +255,7 @@ class _Window:
             "epoch": step / self.state.steps_per_epoch,
             "images": step * config.train.batch_size,
             "seconds": round(seconds, 3),
-            "loss": denoising + lsep,
+            "loss": None if denoising is None or lsep is None else denoising + lsep,
             "denoising": denoising,
             "lsep": lsep,
             "grad_norm": norm,

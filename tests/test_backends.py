@@ -1,6 +1,7 @@
 """The one place where implementations are chosen, and the trainer over the Triton kernels."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,66 @@ def test_missing_backends_end_in_one_sentence(
         backends.choose(resolve(tiny(**{f"backend__{flag}": value}), MANIFEST), CPU)
 
 
-def test_apex_of_the_package_index_is_not_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package index holds an unrelated `apex` without `apex.optimizers`."""
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if name == "apex" else None)
-    assert "git clone https://github.com/NVIDIA/apex" in str(backends.missing_optimizer("apex", torch.device("cuda")))
+APEX = """
+import torch
+class FusedAdam(torch.optim.AdamW):  # NVIDIA's signatures
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
+                 weight_decay=0.0, amsgrad=False, set_grad_none=True):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        assert adam_w_mode
+    def zero_grad(self):
+        raise AssertionError("without set_to_none")
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is not None and "step" not in self.state[p]:
+                    moments = {k: v for k, v in self.state[p].items()} or {
+                        k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": torch.tensor(group["step"] - 1.0), **moments}
+        super().step()
+        for state in self.state.values():
+            del state["step"]
+"""
+
+
+def test_apex_of_the_package_index_is_not_nvidias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    (tmp_path / "apex.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    problem = str(backends.missing_optimizer("apex", gpu))
+    assert "apex.optimizers is" in problem and "git clone https://github.com/NVIDIA/apex" in problem
+    (tmp_path / "apex.py").write_text("raise RuntimeError('needs python 2')")
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    assert "cannot be imported (RuntimeError: needs python 2)" in str(backends.missing_optimizer("apex", gpu))
+
+
+def test_apex_trains_resumes_and_survives_a_bad_step(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a stand-in with the signatures of NVIDIA's FusedAdam, which counts its steps by group."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "apex" / "optimizers.py").write_text(APEX)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("apex", "apex.optimizers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(backends, "missing_optimizer", lambda name, device: None)
+    curves, states = {}, {}
+    for by in ("torch", "apex"):
+        state = states[by] = setup(tiny(data__path=str(store), backend__optimizer=by))
+        curves[by] = [train_step(state, i, b) for i, b in enumerate(open_loader(state, 0, 4))]
+    for a, b in zip(curves["torch"], curves["apex"], strict=True):
+        assert relative_error(b, a) < 1e-5
+    written = states["apex"].optimizer.tensors()
+    assert written.keys() == states["torch"].optimizer.tensors().keys()
+    states["torch"].optimizer.load(written)
+    states["apex"].optimizer.load(written)
+    (batch,) = next(iter(open_loader(states["apex"], 4, 5)))
+    bad = batch._replace(x=torch.full_like(batch.x, torch.nan))
+    assert train_step(states["apex"], 4, [bad])[-1] == 1
+    assert all(p.isfinite().all() for p in states["apex"].objective.parameters())
 
 
 @pytest.fixture

@@ -32,6 +32,29 @@ def load(state: State, path: Path) -> Progress:
 OPTIMIZERS = ["torch", "csrc", "reference"]
 
 
+@pytest.mark.parametrize("by", OPTIMIZERS)
+def test_a_damaged_optimizer_state_is_refused(store: Path, by: str) -> None:
+    state = trained(store, backend__optimizer=by)
+    whole = {k: v.clone() for k, v in state.optimizer.tensors().items()}
+    name = "blocks.0.attn.qkv.weight"
+    for change, message in (
+        ({f"step.{name}": None}, f"tensor 'step.{name}' is missing"),
+        ({f"exp_avg.{name}": torch.zeros(3)}, rf"exp_avg.{name} is \(3,\), expected \(96, 32\)"),
+        ({"exp_avg.other": torch.zeros(3)}, "unknown tensor 'exp_avg.other'"),
+        (dict.fromkeys(whole), "is missing"),
+    ):
+        damaged = {k: v for k, v in {**whole, **change}.items() if v is not None}
+        with pytest.raises(UserError, match=message):
+            state.optimizer.load(damaged)
+
+
+@pytest.mark.parametrize("by", OPTIMIZERS)
+def test_a_probe_that_never_learned_has_no_state(store: Path, by: str) -> None:
+    state = trained(store, backend__optimizer=by, probe__end_step=0)
+    assert not [k for k in state.optimizer.tensors() if "classifier" in k]
+    state.optimizer.load(state.optimizer.tensors())
+
+
 @pytest.mark.parametrize("writer", OPTIMIZERS)
 @pytest.mark.parametrize("reader", OPTIMIZERS)
 def test_round_trip_is_bitwise(store: Path, tmp_path: Path, writer: str, reader: str) -> None:

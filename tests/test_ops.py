@@ -1,5 +1,6 @@
 """The chooser of `lsep_kernels`, and the package on its own."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -22,21 +23,27 @@ def compiled_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(os.environ, "TRITON_INTERPRET", raising=False)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *modules: str) -> torch.device:
-    """A GPU of `capability` with these modules installed."""
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.device:
+    """A GPU of `capability`."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    known = importlib_find_spec
-    names = {"flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn.cute"}
-    monkeypatch.setattr(
-        libraries.importlib.util,
-        "find_spec",
-        lambda name: (object() if name in modules else None) if name in names else known(name),
-    )
     return torch.device("cuda")
 
 
-importlib_find_spec = libraries.importlib.util.find_spec
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, **modules: str) -> None:
+    """Python modules on the path in front of all others: `{"a__b": source}` is module a.b."""
+    for name, source in modules.items():
+        path = folder.joinpath(*name.split("__"))
+        path.mkdir(parents=True, exist_ok=True)
+        for package in (path, *path.parents):
+            if package == folder:
+                break
+            (package / "__init__.py").touch()
+        (path / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+    for loaded in [m for m in sys.modules if m.startswith("flash_attn")]:  # of an earlier test
+        del sys.modules[loaded]
 
 
 def test_auto_on_a_cpu_is_plain_pytorch(compiled_only: None) -> None:
@@ -47,6 +54,9 @@ def test_auto_on_a_cpu_is_plain_pytorch(compiled_only: None) -> None:
 
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    from lsep_kernels import attention
+
+    monkeypatch.setattr(attention, "INTERPRETED", False)
     hopper = pretend(monkeypatch, (9, 0))
     chosen = choose("auto", "auto", hopper, BF16, 256, 72)
     assert (chosen.kernels, chosen.attention_by) == ("triton", "triton")
@@ -57,6 +67,10 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ampere = pretend(monkeypatch, (8, 0))
     chosen = choose("auto", "auto", ampere, BF16, 256, 72)
     assert (chosen.kernels, chosen.attention_by) == ("triton", "sdpa")
+    for other in ((8, 0), (12, 0)):  # without room for a head's keys
+        assert choose("triton", "auto", pretend(monkeypatch, other), BF16, 256, 72).attention_by in ("sdpa", "cudnn")
+        with pytest.raises(Unavailable, match=rf"compute capability {other[0]}\.0, expected 9\.x or 10\.x"):
+            choose("auto", "triton", pretend(monkeypatch, other), BF16, 256, 72)
     turing = pretend(monkeypatch, (7, 5))
     chosen = choose("auto", "auto", turing, torch.float16, 256, 72)
     assert (chosen.kernels, chosen.attention_by) == ("reference", "sdpa")
@@ -78,28 +92,55 @@ def test_what_was_asked_for_and_is_missing_is_named(monkeypatch: pytest.MonkeyPa
         choose("auto", "cudnn", gpu, torch.float32, 256, 72)
     with pytest.raises(Unavailable, match="1024 tokens, expected at most 256"):
         choose("auto", "triton", gpu, BF16, 1024, 72)
-    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unavailable, match="triton is not installed: pip install triton"):
         choose("triton", "auto", gpu, BF16, 256, 72)
+
+
+FLASH2, FLASH3, FLASH4 = (
+    {"flash_attn": "", "flash_attn_2_cuda": ""},
+    {"flash_attn_interface": ""},
+    {"flash_attn__cute": ""},
+)
 
 
 @pytest.mark.parametrize(
     ("capability", "head", "installed", "expected"),
     [
-        ((9, 0), 72, ("flash_attn", "flash_attn_2_cuda"), 2),
-        ((9, 0), 72, ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn.cute"), 3),
-        ((9, 0), 64, ("flash_attn", "flash_attn.cute"), 4),
-        ((8, 0), 64, ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface"), 2),
-        ((9, 0), 72, ("flash_attn", "flash_attn.cute"), "flash-attention#2896"),  # a wrong dQ
-        ((10, 0), 72, ("flash_attn", "flash_attn.cute"), "flash-attention#2896"),
-        ((8, 0), 64, ("flash_attn_interface",), "flash-attn 3 runs on sm_90 only, found sm_80"),
+        ((9, 0), 72, FLASH2, 2),
+        ((9, 0), 72, FLASH2 | FLASH3 | FLASH4, 3),
+        ((9, 0), 64, FLASH4, 4),
+        ((8, 0), 64, FLASH2 | FLASH3, 2),
+        ((9, 0), 72, FLASH4, "flash-attention#2896"),  # a wrong dQ
+        ((10, 0), 72, FLASH4, "flash-attention#2896"),
+        ((8, 0), 64, FLASH3, "flash-attn 3 runs on sm_90 only, found sm_80"),
+        (
+            (9, 0), 64, FLASH2 | {"flash_attn_2_cuda": "raise ImportError('undefined symbol')"},
+            "flash_attn_2_cuda is installed but cannot be imported (ImportError: undefined symbol)",
+        ),
     ],
-)
+)  # fmt: skip
 def test_flash_attn_generations(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head: int, installed: tuple, expected: int | str
-) -> None:
-    found = libraries.choose_flash(pretend(monkeypatch, capability, *installed), head, BF16)
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], head: int,
+    installed: dict[str, str], expected: int | str,
+) -> None:  # fmt: skip
+    install(monkeypatch, tmp_path, **installed)
+    found = libraries.choose_flash(pretend(monkeypatch, capability), head, BF16)
     assert found == expected if isinstance(expected, int) else expected in str(found)
+
+
+def test_flash_attn_is_called_with_heads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a `flash_attn_func` that is SDPA: generations 3 and 4 return a tuple."""
+    program = """
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+def flash_attn_func(q, k, v):
+    out = sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return (out, None) if "interface" in __name__ else out
+"""
+    install(monkeypatch, tmp_path, flash_attn=program, flash_attn_2_cuda="", flash_attn_interface=program)
+    qkv = torch.randn(2, 6, 3 * 32)
+    for generation in (2, 3):
+        torch.testing.assert_close(libraries.flash(generation)(qkv, 2), REFERENCE.attention(qkv, 2))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="libraries of a GPU")

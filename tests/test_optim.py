@@ -28,7 +28,8 @@ def test_step_is_adamw_with_two_rates_clip_and_ema(by: str) -> None:
         losses.total.backward()
         grads = {n: q.grad.double() for n, q in objective.named_parameters() if q.grad is not None}
         truth_norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
-        norm = optimizer.step(factor=0.5)
+        optimizer.set_rate(0.5)
+        norm = optimizer.step()
         assert float(norm) == pytest.approx(truth_norm, rel=1e-5)
         assert truth_norm > o.clip
         for n, g in grads.items():

@@ -250,18 +250,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(store: Path, optimizer
     train_step(state, 0, next(batches))
     before = {k: v.clone() for k, v in state.objective.state_dict().items()}
     moments = {k: v.clone() for k, v in state.optimizer.tensors().items()}
+    averages = {k: v.clone() for k, v in state.ema.state_dict().items()}
     (batch,) = next(batches)
     skipped = train_step(state, 1, [batch._replace(x=torch.full_like(batch.x, torch.nan))])
     assert skipped[-1] == 1 and not skipped[:-1].any()
     assert_same_bits(before, state.objective.state_dict())
     assert_same_bits(moments, state.optimizer.tensors())
+    assert_same_bits(averages, state.ema.state_dict())
     done = train_step(state, 2, next(batches))
     assert done[-1] == 0 and done[0] > 0 and done[2] > 0
 
 
 def test_infinite_loss_stops_with_the_step(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no step from 3 to 4 has a finite loss and gradient"):
-        train(tiny(data__path=str(store), optim__lr=1e30, optim__clip=1e30), tmp_path / "run")
+    config = tiny(data__path=str(store), optim__lr=1e30, optim__clip=1e30, train__steps=40)
+    with pytest.raises(UserError, match="no step from 3 to 12 has a finite loss and gradient"):
+        train(config, tmp_path / "run")
+    lines = Run(tmp_path / "run").metrics()
+    assert [(m["loss"] is None, m["skipped_steps"]) for m in lines] == [(False, 1), *[(True, 2)] * 4]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
