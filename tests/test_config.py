@@ -15,7 +15,8 @@ CONTRACT = (
 
 def test_fields_of_the_contract() -> None:
     assert set(CONTRACT) <= set(flat(Config()))
-    assert [f.name for f in fields(Config)] == ["model", "interpolant", "probe", "optim", "data", "train", "sample"]
+    sections = "model interpolant probe optim data train backend sample".split()
+    assert [f.name for f in fields(Config)] == sections
 
 
 def test_preset_names() -> None:
