@@ -9,7 +9,7 @@ no copies. Softmax statistics are float32.
 The backward is two kernels without atomics, so it repeats bit for bit: dQ by tiles of queries (which also yields
 delta = rowsum(dO O)), then dK and dV by tiles of keys. One kernel for a whole head needs 5 matrix products instead of
 7, but compiled for sm_90 at head_dim 72 it spills at 255 registers and ptxas then waits after every one of its 100
-WGMMA instructions; these two have no spills (151 and 238 registers) and wait 5 times for 18 and 26.
+WGMMA instructions; these two have no spills (162 and 248 registers) and wait 5 times for 18 and 26.
 
     B samples, T tokens, D = heads x head_dim
 """
