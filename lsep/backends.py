@@ -36,6 +36,20 @@ def choose(config: Config, device: torch.device) -> Backends:
     return Backends(chosen, wanted.optimizer if wanted.optimizer != "auto" else best_optimizer(device))
 
 
+def bf16_weights(config: Config, optimizer: str) -> bool:
+    """Whether the model runs on bf16 copies of its weights; raises UserError where they are asked for and cannot be."""
+    problem = None
+    if config.train.precision != "bf16":
+        problem = f"--train.precision is {config.train.precision!r}, expected 'bf16'"
+    elif optimizer not in ("csrc", "reference"):
+        problem = f"the optimizer is {optimizer!r}, expected 'csrc' or 'reference', which write them"
+    elif config.optim.accumulate > 1:
+        problem = f"--optim.accumulate is {config.optim.accumulate}, and gradients would be summed in bf16, expected 1"
+    if problem and config.train.weights == "bf16":
+        raise UserError(f"--train.weights is 'bf16', but {problem}")
+    return problem is None and config.train.weights != "fp32"
+
+
 def best_optimizer(device: torch.device) -> str:
     """What `auto` means: csrc on a GPU where it is built; on a CPU torch's threads beat its single one."""
     return "csrc" if device.type == "cuda" and adamw_ema.why_missing() is None else "torch"

@@ -54,6 +54,43 @@ def train(argv: Args) -> None:
         raise
 
 
+def profile(argv: Args) -> None:
+    """where a step's time goes: lsep profile PRESET [--section.field VALUE] [--steps N] [--out DIR] [--run nsys|ncu]"""
+    import tyro
+
+    from lsep import config as configuration
+
+    (name,), flags = first_arguments("profile", ("PRESET",), argv)
+    start = configuration.PRESETS["quickstart"] if wants_help(argv) else configuration.preset(name)
+
+    @dataclass(frozen=True)
+    class ProfileArgs:
+        config: Annotated[configuration.Config, tyro.conf.arg(name="")]
+        steps: int = 3
+        """Steps in the window."""
+        warmup: int = 5
+        """Steps before the window."""
+        out: Path = Path("runs") / f"profile-{name}"
+        """Directory of the trace, the table and Nsight's reports."""
+        run: Literal["nsys", "ncu"] | None = None
+        """Run the profile under Nsight Systems (nsys) or Nsight Compute (ncu)."""
+        trace: bool = True
+        """Without it only the window is marked, for nsys or ncu around this command."""
+
+    description = (
+        "Profile training steps of a preset; nothing of them is kept.\n\n"
+        "Example: lsep profile quickstart --steps 3 --out runs/profile-quickstart"
+    )
+    args = parse(ProfileArgs, flags, f"lsep profile {name}", description, ProfileArgs(config=start))
+
+    from lsep import profile as profiling
+
+    if args.run:
+        profiling.run_tool(args.run, args.config, argv, args.out)
+    else:
+        profiling.profile(args.config, args.out, args.steps, args.warmup, argv, args.trace)
+
+
 @dataclass(frozen=True)
 class SampleArgs:
     """Flags of `lsep sample`; what is None comes from the run's configuration."""
@@ -149,7 +186,9 @@ def data(argv: Args) -> None:
     data_main(argv)
 
 
-COMMANDS: dict[str, Callable[[Args], None]] = {c.__name__: c for c in (train, sample, report, data, presets, doctor)}
+COMMANDS: dict[str, Callable[[Args], None]] = {
+    c.__name__: c for c in (train, sample, report, data, presets, profile, doctor)
+}
 
 
 def _usage() -> str:

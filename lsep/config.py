@@ -162,8 +162,12 @@ class TrainConfig:
     """Where to train; auto takes a GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 runs the matmuls under autocast over fp32 weights; auto is bf16 on a GPU and fp32 on a CPU."""
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
+    """What bf16 matmuls read: copies the optimizer writes, or fp32 weights cast at each use; auto: copies if it can."""
     fp32_residual: bool = False
     """Keep the residual stream in float32 under bf16 autocast."""
+    memory: Literal["keep", "recompute-elementwise", "recompute-blocks"] = "keep"
+    """What a step keeps for its backward; norms and GELU, or whole blocks, can be computed again to save memory."""
     compile: bool = False
     """Compile forward and backward with torch.compile, as one graph."""
     wandb: str | None = None
@@ -322,10 +326,11 @@ def from_dict(values: Any, source: str) -> Config:
         raise UserError(f"{source}: {error}") from None
 
 
-# A run may go on with these changed: they touch neither the weights nor the numbers drawn.
+# A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
-    "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every",
-    "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every", "train.wandb",
+    "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
+    "train.weights", "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every",
+    "train.wandb",
 }  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lsep import memory
 from lsep.config import Config
+from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
 from lsep_kernels.reference import gate_residual, unpatchify
 
@@ -118,8 +120,18 @@ class Block(nn.Module):
         return Modulation(*self.adaLN_modulation(c).chunk(6, dim=-1))
 
     def forward(self, x: Tensor, h: Tensor, m: Modulation, following: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, h = self.ops.gate_residual_norm_modulate(x, m.gate1, self.attn(h), m.shift2, m.scale2)
-        return self.ops.gate_residual_norm_modulate(x, m.gate2, self.mlp(h), *following)
+        x, h = self._attend(x, h, m)
+        with span("MLP"):
+            branch = self.mlp(h)
+        with span("adaLN"):
+            return self.ops.gate_residual_norm_modulate(x, m.gate2, branch, *following)
+
+    def _attend(self, x: Tensor, h: Tensor, m: Modulation) -> tuple[Tensor, Tensor]:
+        """The first half: the stream after attention, and the input of the MLP."""
+        with span("attention"):
+            branch = self.attn(h)
+        with span("adaLN"):
+            return self.ops.gate_residual_norm_modulate(x, m.gate1, branch, m.shift2, m.scale2)
 
     def forward_probed(
         self,
@@ -137,19 +149,25 @@ class Block(nn.Module):
 
         Returns stream and next input of the other rows and the pooled features `(len(window), D)` float32.
         """
-        x, h = self.ops.gate_residual_norm_modulate(x, m.gate1, self.attn(h), m.shift2, m.scale2)
+        x, h = self._attend(x, h, m)
         # split, not slices: the backward of a slice fills a tensor of the full size with zeros.
         rows = [len(x) - len(window), len(window)]
         (x, x_extra), (gate, gate_extra) = x.split(rows), m.gate2.split(rows)
-        hidden, hidden_extra = self.mlp.fc1(h).split(rows)
+        with span("MLP"):
+            hidden, hidden_extra = self.mlp.fc1(h).split(rows)
         if pool_before_fc2:
-            pooled = self.mlp.fc2(self.ops.gelu_pool(hidden_extra, window))
-            features = gate_residual(self.ops.pool(x_extra, window), gate_extra, pooled)
+            with span("probe"):
+                pooled = self.mlp.fc2(self.ops.gelu_pool(hidden_extra, window))
+                features = gate_residual(self.ops.pool(x_extra, window), gate_extra, pooled)
         else:
-            branch = self.mlp.fc2(self.mlp.act(hidden_extra))
-            features = self.ops.pool(gate_residual(x_extra, gate_extra, branch), window)
-        branch = self.mlp.fc2(self.mlp.act(hidden))
-        return *self.ops.gate_residual_norm_modulate(x, gate, branch, *following), features
+            with span("MLP"):
+                branch = self.mlp.fc2(self.mlp.act(hidden_extra))
+            with span("probe"):
+                features = self.ops.pool(gate_residual(x_extra, gate_extra, branch), window)
+        with span("MLP"):
+            branch = self.mlp.fc2(self.mlp.act(hidden))
+        with span("adaLN"):
+            return *self.ops.gate_residual_norm_modulate(x, gate, branch, *following), features
 
 
 class FinalLayer(nn.Module):
@@ -181,6 +199,7 @@ class SiT(nn.Module):
         assert m.in_channels is not None and m.num_classes is not None
         self.patch_size, self.null_class, self.ops = m.patch_size, m.num_classes, ops
         self.fp32_residual = config.train.fp32_residual
+        self.run = memory.runner(config.train.memory)
         self.x_embedder = PatchEmbed(m.in_channels, m.hidden_size, m.patch_size)
         self.t_embedder = TimestepEmbedder(m.hidden_size)
         self.y_embedder = LabelEmbedder(m.num_classes, m.hidden_size)
@@ -196,13 +215,17 @@ class SiT(nn.Module):
 
     def patches(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The velocity as patches `(N, T, p p C)`, see `unpatchify`."""
-        c = self.t_embedder(t) + self.y_embedder(y)
-        modulations, following = self._modulations(c, c, 0)
-        x = self._tokens(x)
-        h = self.ops.norm_modulate(x, *modulations[0][:2])
-        for block, m, after in zip(self.blocks, modulations, following, strict=True):
-            x, h = block(x, h, m, after)
-        return self.final_layer(h)
+        with span("embedding"):
+            c = self.t_embedder(t) + self.y_embedder(y)
+            x = self._tokens(x)
+        with span("adaLN"):
+            modulations, following = self._modulations(c, c, 0)
+            h = self.ops.norm_modulate(x, *modulations[0][:2])
+        for i, block in enumerate(self.blocks):
+            with span("block", i + 1):
+                x, h = self.run(block, x, h, modulations[i], following[i])
+        with span("final layer"):
+            return self.final_layer(h)
 
     def forward_with_probe(
         self, x: Tensor, t: Tensor, y: Tensor, extra_y: Tensor, depth: int, window: Tensor, pool_before_fc2: bool = True
@@ -216,25 +239,31 @@ class SiT(nn.Module):
         window `(N, T)` holds each sample's pooling weights. Returns `(N, T, p p C)` and `(N, D)` float32.
         """
         keep, extra = len(x) - len(extra_y), len(extra_y)
-        t_emb = self.t_embedder(t)
-        c = t_emb + self.y_embedder(y)
-        x, joint = self._tokens(x), c
-        if extra:
-            x, joint = torch.cat([x, x[keep:]]), torch.cat([c, t_emb[keep:] + self.y_embedder(extra_y)])
-        modulations, following = self._modulations(c, joint, depth)
-        h = self.ops.norm_modulate(x, *modulations[0][:2])
+        with span("embedding"):
+            t_emb = self.t_embedder(t)
+            c = t_emb + self.y_embedder(y)
+            x, joint = self._tokens(x), c
+            if extra:
+                x, joint = torch.cat([x, x[keep:]]), torch.cat([c, t_emb[keep:] + self.y_embedder(extra_y)])
+        with span("adaLN"):
+            modulations, following = self._modulations(c, joint, depth)
+            h = self.ops.norm_modulate(x, *modulations[0][:2])
         features = []
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            if i == depth - 1 and extra:
-                probed = block.forward_probed(x, h, modulations[i], following[i], window[keep:], pool_before_fc2)
-                x, h, extra_features = probed
-                features.append(extra_features)
-            else:
-                x, h = block(x, h, modulations[i], following[i])
+            with span("block", i + 1):
+                if i == depth - 1 and extra:
+                    x, h, extra_features = self.run(
+                        block.forward_probed, x, h, modulations[i], following[i], window[keep:], pool_before_fc2
+                    )
+                    features.append(extra_features)
+                else:
+                    x, h = self.run(block, x, h, modulations[i], following[i])
             if i == depth - 1 and keep:
-                features.insert(0, self.ops.pool(x[:keep], window[:keep]))
-        return self.final_layer(h), torch.cat(features)
+                with span("probe"):
+                    features.insert(0, self.ops.pool(x[:keep], window[:keep]))
+        with span("final layer"):
+            return self.final_layer(h), torch.cat(features)
 
     def _modulations(
         self, c: Tensor, joint: Tensor, depth: int

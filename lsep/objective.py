@@ -15,6 +15,7 @@ from lsep.data.manifest import Manifest
 from lsep.interpolant import Stream
 from lsep.model import SiT
 from lsep.plan import BranchPlan
+from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
 from lsep_kernels.reference import uniform
 
@@ -53,16 +54,18 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, plan: BranchPlan, step: Tensor, epoch: Tensor) -> Losses:
         """Losses of one micro-batch; `step` and `epoch` are int64 scalars on the device."""
         config, seed = self.config, self.config.train.seed
-        noised = interpolant.noise(
-            batch.x, self.manifest, config.interpolant, seed, epoch, batch.id, self.ops.interpolate
-        )
+        with span("interpolant"):
+            noised = interpolant.noise(
+                batch.x, self.manifest, config.interpolant, seed, epoch, batch.id, self.ops.interpolate
+            )
         if not plan.probe:
             y = self._drop_first(batch.y, plan.null)
             denoising = self._denoising(self.model.patches(noised.x_t, noised.t, y), noised.v)
             zero = torch.zeros_like(denoising)
             return Losses(denoising, denoising, zero, torch.zeros(2, TIME_BINS, device=zero.device))
-        y, extra_y, unlabelled = self.label_states(batch, plan, epoch)
-        window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id)
+        with span("probe"):
+            y, extra_y, unlabelled = self.label_states(batch, plan, epoch)
+            window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id)
         return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch)
 
     def label_states(self, batch: Batch, plan: BranchPlan, epoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,25 +104,23 @@ class Objective(nn.Module):
         patches, features = self.model.forward_with_probe(
             noised.x_t, noised.t, y, extra_y, config.depth, window, config.pool_before_fc2
         )
-        weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight)
-        weight = weight * probe.time_weights(config, noised.t)
-        norm, linear = self.classifier
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else None
-        lsep, hit = self.ops.probe_head(
-            features, norm.weight, norm.bias, linear.weight, linear.bias,
-            probe_y, weight, config.label_smoothing, dtype,
-        )  # fmt: skip
-        lsep = lsep * probe.epoch_factor(config, epoch)
+        with span("probe"):
+            weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight)
+            weight = weight * probe.time_weights(config, noised.t)
+            norm, linear = self.classifier
+            dtype = torch.bfloat16 if self.config.train.precision == "bf16" else None
+            lsep, hit = self.ops.probe_head(
+                features, norm.weight, norm.bias, linear.weight, linear.bias,
+                probe_y, weight, config.label_smoothing, dtype,
+            )  # fmt: skip
+            lsep = lsep * probe.epoch_factor(config, epoch)
+            hits = _hits(hit, unlabelled, noised.t)
         denoising = self._denoising(patches, noised.v)
-        return Losses(
-            denoising + lsep,
-            denoising.detach(),
-            lsep.detach(),
-            _hits(hit, unlabelled, noised.t),
-        )
+        return Losses(denoising + lsep, denoising.detach(), lsep.detach(), hits)
 
     def _denoising(self, patches: Tensor, v: Tensor) -> Tensor:
-        return self.ops.velocity_loss(patches, v, self.model.patch_size).mean()
+        with span("losses"):
+            return self.ops.velocity_loss(patches, v, self.model.patch_size).mean()
 
     def _drop_first(self, y: Tensor, count: int) -> Tensor:
         place = torch.arange(len(y), device=y.device)

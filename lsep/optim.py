@@ -5,6 +5,7 @@ One interface over four implementations (`lsep.backends` chooses): `csrc` and `r
 A checkpoint holds the same tensors whichever wrote it.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -38,14 +39,29 @@ class Optimizer(Protocol):
         """The state: `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` of every parameter that has one."""
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take a state over; raises UserError for a tensor of no parameter."""
+        """Take a state over that belongs to the weights there are now; raises UserError where it does not fit."""
 
 
-def build_optimizer(objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> Optimizer:
-    """The implementation `by` over the backbone (group 0) and the probe's classifier (group 1, `probe_lr`)."""
+def build_optimizer(
+    objective: Objective, ema: nn.Module, config: OptimConfig, by: str, copies: Objective | None = None
+) -> Optimizer:
+    """The implementation `by` over the backbone (group 0) and the probe's classifier (group 1, `probe_lr`).
+
+    copies: a module like `objective` in bf16, which has the gradients and receives the new weights (`csrc` and
+    `reference` only); without one `objective` has them.
+    """
     if by in ("csrc", "reference"):
-        return OneOperation(objective, ema, config, by)
+        return OneOperation(objective, ema, config, by, copies)
+    assert copies is None
     return LibraryOptimizer(objective, ema, config, by)
+
+
+def bf16_copies(objective: Objective) -> Objective:
+    """The same module with all weights in bf16 and its buffers as they are."""
+    copies = copy.deepcopy(objective)
+    for p in copies.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    return copies
 
 
 def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
@@ -135,9 +151,14 @@ class LibraryOptimizer:
 class OneOperation:
     """Clipping, AdamW and EMA of all tensors together: csrc's two launches, or the same in plain PyTorch."""
 
-    def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
+    def __init__(
+        self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str, copies: Objective | None
+    ) -> None:
         self.named = _named(objective)
         params: list[Tensor] = list(self.named.values())
+        self.copies: list[Tensor] | None = None if copies is None else list(copies.parameters())
+        self.learning = _named(objective if copies is None else copies)
+        """The parameters that have the gradients."""
         averages: list[Tensor] = list(ema.parameters())
         device = params[0].device
         first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
@@ -153,14 +174,14 @@ class OneOperation:
             "max_norm": config.clip, "ema_decays": [config.ema_decay],
         }  # fmt: skip
         if by == "csrc":
-            fused = AdamwEma(params, first, second, [averages], None, group, **settings)
+            fused = AdamwEma(params, first, second, [averages], self.copies, group, **settings)
             self.step_count, self.update = fused.step_count, fused.step
             return
         self.step_count, skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
         def update(grads: Sequence[Tensor | None], lr: Tensor) -> Tensor:
             return reference.adamw_ema(
-                params, first, second, [averages], None, list(grads), lr, self.step_count, skipped,
+                params, first, second, [averages], self.copies, list(grads), lr, self.step_count, skipped,
                 group=group, **settings,
             )  # fmt: skip
 
@@ -170,9 +191,9 @@ class OneOperation:
         torch.mul(self.base_lr, factor, out=self.lr)
 
     def step(self) -> Tensor:
-        self.updated |= {name for name, p in self.named.items() if p.grad is not None}
-        norm = self.update([p.grad for p in self.named.values()], self.lr)
-        for p in self.named.values():
+        self.updated |= {name for name, p in self.learning.items() if p.grad is not None}
+        norm = self.update([p.grad for p in self.learning.values()], self.lr)
+        for p in self.learning.values():
             p.grad = None
         return norm
 
@@ -193,6 +214,9 @@ class OneOperation:
             for key, moments in zip(("exp_avg", "exp_avg_sq"), self.moments, strict=True):
                 moments[places[name]].copy_(state[key])
         self.step_count.fill_(steps)
+        if self.copies is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, list(self.named.values()))
 
 
 def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:

@@ -97,31 +97,35 @@ def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: d
 
 
 def _curves(metrics: list[dict[str, Any]]) -> list[str]:
-    steps = [m["step"] for m in metrics]
+    steps, seconds = ([m[x] for m in metrics] for x in ("step", "seconds"))
     losses = {
-        name: (steps, [m[name] for m in metrics])
+        name: [m[name] for m in metrics]
         for name in ("loss", "denoising", "lsep")
         if any(m["lsep"] for m in metrics) or name == "denoising"
     }
-    out = ["<h2>Training</h2><div class=curves>", _plot("loss", losses, log=True)]
+    out = ["<h2>Training</h2><div class=curves>"]
+    # Against time too: a method that learns more a step may learn less a second.
+    out += [_plot("loss", label, x, losses, log=True) for label, x in (("step", steps), ("training seconds", seconds))]
     probed = [m for m in metrics if m["probe_accuracy"] is not None]
     if probed:
-        at = [m["step"] for m in probed]
-        out.append(_plot("probe accuracy, unlabelled samples", {"all t": (at, [m["probe_accuracy"] for m in probed])}))
+        accuracy = {"all t": [m["probe_accuracy"] for m in probed]}
+        for label, key in (("step", "step"), ("training seconds", "seconds")):
+            out.append(_plot("probe accuracy, unlabelled samples", label, [m[key] for m in probed], accuracy))
         out.append(_time_bins(probed))
-    out.append(_plot("images/s", {"images/s": (steps, [m["images_per_second"] for m in metrics])}))
-    out.append(_plot("gradient norm", {"before clipping": (steps, [m["grad_norm"] for m in metrics])}, log=True))
+    out.append(_plot("images/s", "step", steps, {"images/s": [m["images_per_second"] for m in metrics]}))
+    out.append(_plot("gradient norm", "step", steps, {"before": [m["grad_norm"] for m in metrics]}, log=True))
     return [*out, "</div>"]
 
 
-def _plot(title: str, curves: dict[str, tuple[list[int], list[float]]], log: bool = False) -> str:
+def _plot(title: str, label: str, x: list[float], curves: dict[str, list[float]], log: bool = False) -> str:
+    """Curves over x, which `label` names."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, (x, y) in curves.items():
+    for name, y in curves.items():
         axes.plot(x, y, label=name, linewidth=1.5)
-    axes.set(title=title, xlabel="step", yscale="log" if log else "linear")
+    axes.set(title=title, xlabel=label, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)

@@ -32,8 +32,9 @@ from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
 from lsep.metrics import Logger, require_wandb
 from lsep.objective import TIME_BINS, Losses, Objective
-from lsep.optim import Optimizer, build_optimizer, rate_factor
+from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
 from lsep.plan import BranchPlan, branch_plan
+from lsep.ranges import span
 from lsep.run import Run
 
 MAX_LOST = 10
@@ -51,7 +52,7 @@ class State:
     ema: Objective
     optimizer: Optimizer
     forward: Callable[[Batch, BranchPlan, Tensor, Tensor], Losses]
-    """The objective, compiled or not."""
+    """The objective, or its copy in bf16; compiled or not."""
     plans: dict[bool, list[BranchPlan]]
     """With and without the probe, the plan of each micro-batch."""
     steps_per_epoch: int
@@ -91,19 +92,20 @@ def setup(config: Config) -> State:
     objective.initialize(config.train.seed)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
-    forward: Callable[..., Losses] = objective
+    copies = bf16_copies(objective) if backends.bf16_weights(config, chosen.optimizer) else None
+    forward: Callable[..., Losses] = copies or objective
     if config.train.compile:
         missing = missing_for_compile(device.type)
         if missing:
             raise UserError(f"--train.compile on {device.type} needs {missing}")
-        forward = torch.compile(objective, fullgraph=True, dynamic=False)
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
     return State(
         config=config,
         source=source,
         device=device,
         objective=objective,
         ema=ema,
-        optimizer=build_optimizer(objective, ema, config.optim, chosen.optimizer),
+        optimizer=build_optimizer(objective, ema, config.optim, chosen.optimizer, copies),
         forward=forward,
         plans=plans,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
@@ -131,13 +133,15 @@ def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
     at_epoch = torch.full((), step // state.steps_per_epoch, dtype=torch.int64, device=state.device)
     statistics = []
     for plan, batch in zip(state.plans[probe], batches, strict=True):
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=state.bf16):
+        with span("forward"), torch.autocast(state.device.type, torch.bfloat16, enabled=state.bf16):
             losses = state.forward(batch, plan, at_step, at_epoch)
-        (losses.total / len(batches)).backward()
+        with span("backward"):
+            (losses.total / len(batches)).backward()
         means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
         statistics.append(torch.cat([means, losses.hits.flatten()]))
-    state.optimizer.set_rate(rate_factor(step, config.optim, config.train.steps))
-    norm = state.optimizer.step()
+    with span("optimizer"):
+        state.optimizer.set_rate(rate_factor(step, config.optim, config.train.steps))
+        norm = state.optimizer.step()
     total = torch.stack(statistics).sum(0)
     finite = torch.isfinite(norm)
     total = torch.where(finite, torch.cat([total[:2], norm[None], total[2:]]), 0)

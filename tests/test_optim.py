@@ -2,15 +2,19 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MANIFEST, lively, random_batch, tiny
+from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 
+from lsep import checkpoint
 from lsep.checks import resolve
+from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.optim import build_optimizer, rate_factor
 from lsep.plan import branch_plan
+from lsep.train import open_loader, setup, train_step
 
 
 @pytest.mark.parametrize("by", ["torch", "csrc", "reference"])
@@ -54,3 +58,41 @@ def test_schedule() -> None:
     assert factors == sorted(factors[:4]) + sorted(factors[4:], reverse=True)
     constant = tiny(optim__warmup_steps=2).optim
     assert [rate_factor(s, constant, 9) for s in range(4)] == [0.5, 1, 1, 1]
+
+
+BF16 = {"train__precision": "bf16"}
+
+
+@pytest.mark.parametrize("by", ["csrc", "reference"])
+def test_bf16_weights_are_copies_of_the_masters(store: Path, tmp_path: Path, by: str) -> None:
+    """Matmuls read what rounding the masters gives; training is as good, resuming exact, checkpoints stay float32."""
+    changes = {"data__path": str(store), "backend__optimizer": by, **BF16}
+    states = {weights: setup(tiny(train__weights=weights, **changes)) for weights in ("fp32", "bf16")}
+    curves = {w: [train_step(s, i, b) for i, b in enumerate(open_loader(s, 0, 6))] for w, s in states.items()}
+    assert relative_error(torch.stack(curves["bf16"])[:, :3], torch.stack(curves["fp32"])[:, :3]) < 0.02
+    state = states["bf16"]
+    assert isinstance(state.forward, Objective) and state.forward is not state.objective
+    for master, work in zip(state.objective.parameters(), state.forward.parameters(), strict=True):
+        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), work)
+    path = checkpoint.save(tmp_path, checkpoint.Progress(6, 0.0), state.objective, state.ema, state.optimizer)
+    assert {t.dtype for t in checkpoint.read_tensors(path / "model.safetensors").values()} == {torch.float32}
+    again = setup(tiny(train__weights="bf16", **changes))
+    checkpoint.load(path, again.objective, again.ema, again.optimizer)
+    for s in (state, again):
+        for i, batches in enumerate(open_loader(s, 6, 8), 6):
+            train_step(s, i, batches)
+    for a, b in zip(state.objective.parameters(), again.objective.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend__optimizer": "csrc"}, "but --train.precision is 'fp32', expected 'bf16'"),
+        ({"backend__optimizer": "torch", **BF16}, "but the optimizer is 'torch', expected 'csrc' or 'reference'"),
+        ({"backend__optimizer": "csrc", "optim__accumulate": 2, **BF16}, "but --optim.accumulate is 2"),
+    ],
+)
+def test_bf16_weights_that_cannot_be_are_refused(store: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"--train.weights is 'bf16', {message}"):
+        setup(tiny(data__path=str(store), train__weights="bf16", **changes))

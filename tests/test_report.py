@@ -14,7 +14,8 @@ def test_report_holds_everything(tmp_path: Path) -> None:
     config = tiny(data__path="digits", train__steps=6, train__sample_every=2, sample__num=4, sample__steps=2)
     run = train(config, tmp_path / "run")
     page = run.report_file.read_text()
-    assert page.count("<svg") == 5  # loss, accuracy, accuracy by time, throughput, gradient norm
+    # Loss and accuracy against steps and seconds, accuracy by time, throughput, gradient norm.
+    assert page.count("<svg") == 7 and page.count("training seconds") == 2
     assert page.count("data:image/png;base64,") >= 3  # grids of steps 2, 4, 6
     assert re.search(r"3-NN agreement<td>[\d.]+% of 200 samples", page)
     for text in ("probe.rho<td>0.9", "<th>batch<td>10", "images/s", "step 6 of 6"):
