@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from bench.section import Section, show
-from bench.step import again, configuration, facts, interleaves, measure, rates, with_data, write
+from bench.step import again, facts, rates, write
+from bench.variants import configuration, interleaves, measure, with_data
 from lsep.checks import check
 from lsep.config import Config, override
 from lsep.errors import UserError

@@ -14,7 +14,6 @@ failed, 2 for a command that cannot be meant.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -23,263 +22,27 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._dynamo
-from torch import Tensor
 
-from bench.section import Context, Section, plain, sentence, show
+from bench.section import Context, Section, plain, show
 from bench.timing import measure as time_calls
+from bench.variants import VARIANTS, Measured, configuration, interleaves, measure, variant, with_data
 from lsep import flops
 from lsep.checks import check
-from lsep.config import PRESETS, Config, override
-from lsep.data.writer import write_store
-from lsep.errors import UserError, nearest
-from lsep.model import SiT
+from lsep.config import override
+from lsep.errors import UserError
 from lsep.plan import branch_plan
-from lsep.train import open_loader, pick_device, setup, train_step
-from lsep_kernels.reference import gate_residual
+from lsep.train import pick_device
 
-# depth 10 and probe 3: by FLOPs LSEP costs 21 % here, as much as for SiT-XL/2.
-OWN: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "model.depth": 10, "model.hidden_size": 192, "model.num_heads": 3, "model.input_size": 16, "probe.depth": 3,
-        "probe.window_min": 6, "train.batch_size": 64, "model.num_classes": 100,
-    },
-    "tiny": {
-        "model.depth": 3, "model.hidden_size": 32, "model.num_heads": 2, "model.input_size": 8, "probe.depth": 2,
-        "probe.window_min": 3, "train.batch_size": 20, "model.num_classes": 5,
-    },
-}  # fmt: skip
-"""Presets for machines without a GPU."""
-VARIANTS = ("plain", "authors", "paper", "shared-0.8", "shared-0.2", "shared-0")
 PEAKS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
     "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "RTX 4090": 165,
 }  # fmt: skip
 """Dense bf16 TFLOP/s by what a GPU's name contains; of several, the longest counts (NVIDIA's data sheets)."""
-ROOMS = {
-    "attention": r"attention|flash|fmha|sdpa",
-    "optimizer": r"adam|multi_tensor|foreach|norm_pass|update_pass|lerp|linalg_vector_norm",
-    "probe and loss": r"token_pool|probe_|velocity_loss|interpolate|softmax|nll_loss|cross_entropy",
-    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|triton_tem|mm(backward\d*)?$|conv(?!ert)",
-    "adaLN": r"adaln|layer_?norm",
-    "GELU": r"gelu",
-}
-"""What a kernel (on a CPU, an operator) is there for, by its name; the first that matches counts."""
-_PAPER = {"probe.branch": "paper", "probe.extra_fraction": None, "probe.pool_before_fc2": False}
-_EAGER = {"backend.kernels": "reference", "backend.attention": "sdpa", "backend.optimizer": "torch"}
-
-
-@dataclass
-class Measured:
-    """What was found about one variant."""
-
-    config: Config
-    """Resolved."""
-    probe_classes: int
-    parameters: int
-    seconds: list[float] = field(default_factory=list)
-    """Of a step, by round."""
-    compile_seconds: float | None = None
-    peak_bytes: int | None = None
-    """Of the device's memory, the other variants' weights left out."""
-    rooms: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step by what they were spent on, see ROOMS."""
-
-    @property
-    def flops(self) -> int:
-        """Of one step."""
-        return flops.total(flops.step_parts(self.config, self.probe_classes)).training
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-class Runner:
-    """One variant, warmed up."""
-
-    def __init__(self, config: Config, two_passes: bool = False) -> None:
-        before = allocated()
-        self.state = setup(config)
-        if two_passes:
-            model = self.state.forward.model  # of the module that runs, maybe a copy of `objective`
-            model.forward_with_probe = partial(separate_passes, model)  # type: ignore[method-assign]
-        self.batches = list(islice(open_loader(self.state, 0, 2), 2))
-        self.steps = 0
-        manifest, parameters = self.state.source.manifest, self.state.objective.parameters()
-        self.found = Measured(self.state.config, manifest.probe_classes, sum(p.numel() for p in parameters))
-        self.resident = 0
-        first, second, third = self.time(1), self.time(1), self.time(1)
-        if config.train.compile:
-            self.found.compile_seconds = max(0.0, first - min(second, third))
-        self.resident = allocated() - before
-        self.found.peak_bytes = None
-
-    def time(self, steps: int) -> float:
-        """Seconds a step, over `steps`."""
-        cuda = self.state.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        others = allocated() - self.resident
-        start = time.perf_counter()
-        for _ in range(steps):
-            train_step(self.state, self.steps, self.batches[self.steps % len(self.batches)])
-            self.steps += 1
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / steps
-        if cuda:
-            self.found.peak_bytes = max(self.found.peak_bytes or 0, torch.cuda.max_memory_allocated() - others)
-        return seconds
-
-    def profile(self) -> None:
-        """Where the time of a step goes, by room."""
-        cuda = self.state.device.type == "cuda"
-        activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profile:
-            self.time(2)
-        for event in profile.key_averages():
-            room = room_of(event.key)
-            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            self.found.rooms[room] = self.found.rooms.get(room, 0.0) + spent / 2e6
-
-
-def separate_passes(
-    model: SiT, x: Tensor, t: Tensor, y: Tensor, extra_y: Tensor, depth: int, window: Tensor, pool_before_fc2: bool
-) -> tuple[Tensor, Tensor]:
-    """`SiT.forward_with_probe` as the authors compute it: a whole pass, and one more through the first blocks.
-
-    It embeds patches and times twice, which the FLOPs of the variant leave out (0.1 % of SiT-XL/2).
-    """
-    assert len(extra_y) == len(x) and not pool_before_fc2
-    patches = model.patches(x, t, y)
-    c = model.t_embedder(t) + model.y_embedder(extra_y)
-    x = model._tokens(x)
-    for block in model.blocks[:depth]:
-        m = block.modulation(c)
-        h = model.ops.norm_modulate(x, m.shift1, m.scale1)
-        x, h = model.ops.gate_residual_norm_modulate(x, m.gate1, block.attn(h), m.shift2, m.scale2)
-        x = gate_residual(x, m.gate2, block.mlp(h))
-    return patches, model.ops.pool(x, window)
-
-
-def room_of(kernel: str) -> str:
-    """The one of ROOMS that a kernel or operator belongs to, else `other`."""
-    return next((room for room, pattern in ROOMS.items() if re.search(pattern, kernel.lower())), "other")
-
-
-def allocated() -> int:
-    """Bytes of the device's memory in use."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Variants
-
-
-def configuration(name: str) -> Config:
-    """The preset `name`, of this file or of `lsep.config`, its data still open."""
-    known = [*OWN, *PRESETS]
-    if name not in known:
-        raise UserError(f"preset {name!r} is unknown{nearest(name, known)}")
-    return override(Config(), OWN[name]) if name in OWN else PRESETS[name]
-
-
-def variant(name: str, base: Config, compiled: bool) -> Config:
-    """`base` as the variant `name`; raises UserError for one that does not exist."""
-    values: dict[str, Any] = {"train.compile": compiled}
-    if name == "plain":
-        values |= {"probe.enabled": False}
-    elif name == "authors":
-        values |= _PAPER | _EAGER | {"train.compile": False}
-    elif name == "paper":
-        values |= _PAPER
-    else:
-        kind, _, share = name.partition("-")
-        try:
-            values |= {"probe.branch": "shared", "probe.extra_fraction": float(share)}
-        except ValueError:
-            kind = ""
-        if kind != "shared":
-            known = ", ".join(VARIANTS)
-            raise UserError(f"variant {name!r} is unknown, expected some of {known} (or another shared-E)")
-    return override(base, values)
-
-
-def with_data(config: Config, folder: Path) -> Config:
-    """`config` over random moments of the model's shape below `folder`, all in device memory; digits stay digits."""
-    if config.data.path is None:
-        side, channels = config.model.input_size or 32, config.model.in_channels or 4
-        classes, rows = config.model.num_classes or 1000, 2 * config.train.batch_size
-        path = folder / f"{side}-{channels}-{classes}-{rows}"
-        if not path.exists():
-            rng = np.random.default_rng(0)
-            x = rng.uniform(0.1, 1.0, (rows, 2 * channels, side, side)).astype(np.float32)
-            y = rng.integers(classes, size=rows)
-            write_store(path, kind="moments", x=x, y=y, num_classes=classes)
-        config = override(config, {"data.path": str(path)})
-    return override(config, {"data.loader": "resident"})
-
-
-def interleaves(configs: Iterable[Config], device: torch.device) -> bool:
-    """Whether the weights of all variants, with moments and average, take at most a quarter of the GPU's memory."""
-    if device.type != "cuda":
-        return True
-    # 18 D^2 a block, 12 of them its matrices and 6 its modulation; 16 bytes a parameter.
-    size = sum(16 * 18 * c.model.hidden_size**2 * c.model.depth for c in configs)
-    return size <= torch.cuda.get_device_properties(device).total_memory / 4
-
-
-def measure(
-    configs: dict[str, Config], steps: int, rounds: int, interleaved: bool, budget: bool = False
-) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Every configuration, `rounds` times `steps` steps: what was found, and of those that failed, why.
-
-    UserError ends it; whatever else a variant raises is its own failure. Two separate passes are `authors`'s alone.
-    """
-    torch._dynamo.config.recompile_limit = max(64, 4 * len(configs))  # one code object, a graph for every variant
-    found: dict[str, Measured] = {}
-    failed: dict[str, str] = {}
-    for group in [list(configs)] if interleaved else [[name] for name in configs]:
-        runners: dict[str, Runner] = {}
-        for turn in range(-1, rounds + budget):
-            for name in [*group[turn % len(group) :], *group[: turn % len(group)]]:
-                if name in failed:
-                    continue
-                try:
-                    if turn < 0:
-                        runners[name] = Runner(configs[name], two_passes=name == "authors")
-                    elif turn < rounds:
-                        runners[name].found.seconds.append(runners[name].time(steps))
-                    else:
-                        runners[name].profile()
-                except UserError:
-                    raise
-                except Exception as error:
-                    failed[name] = sentence(error)
-                    runners.pop(name, None)
-        found |= {name: runner.found for name, runner in runners.items()}
-        del runners
-        torch._dynamo.reset()  # what it compiled holds on to weights
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return {name: found[name] for name in configs if name in found}, failed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rates, rows and the report
 
 
 def rates(device: torch.device) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 
-from bench import scaling, step
+from bench import scaling, step, variants
 from lsep.checks import resolve
 from lsep.config import PRESETS, Config
 from lsep.objective import Objective
@@ -37,7 +37,7 @@ def test_every_variant_is_timed_and_reported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(files[0])
     rows = {row["variant"]: row for row in found["variants"]}
-    assert list(rows) == list(step.VARIANTS)
+    assert list(rows) == list(variants.VARIANTS)
     assert found["interleaved"] and not found["compiled"] and not found["failed"]
     assert found["batch size"] == 20 and found["rounds"] == 3
     for name, row in rows.items():
@@ -87,7 +87,7 @@ def test_default_points_fit_their_preset() -> None:
     xl = scaling.defaults(PRESETS["sit-xl-2-256"], True)
     assert xl[:3] == ([32, 64, 128, 256], [576, 1152, 1728], [64, 256, 1024])
     assert xl[3] == pytest.approx([0, 0.2, 0.4, 0.8])
-    assert scaling.defaults(step.configuration("cpu"), False)[:3] == ([16, 32, 64], [64, 192, 256], [16, 64, 144])
+    assert scaling.defaults(variants.configuration("cpu"), False)[:3] == ([16, 32, 64], [64, 192, 256], [16, 64, 144])
     assert scaling.defaults(PRESETS["quickstart"], False)[2] == []
 
 
@@ -127,7 +127,7 @@ def test_authors_way_is_the_same_mathematics() -> None:
     """Two separate passes give the joint pass's losses and gradients."""
     config = resolve(tiny(probe__branch="paper", probe__pool_before_fc2=False), MANIFEST)
     joint, separate = (lively(Objective(config, MANIFEST)) for _ in range(2))
-    separate.model.forward_with_probe = partial(step.separate_passes, separate.model)  # type: ignore[method-assign]
+    separate.model.forward_with_probe = partial(variants.separate_passes, separate.model)  # type: ignore[method-assign]
     losses = []
     for objective in (joint, separate):
         losses.append(objective(random_batch(10), branch_plan(config), torch.tensor(3), torch.tensor(0)))
@@ -142,26 +142,26 @@ def test_authors_way_is_the_same_mathematics() -> None:
 
 def test_variants_are_what_they_are_called() -> None:
     base = PRESETS["sit-xl-2-256"]
-    authors, paper = (step.variant(name, base, True) for name in ("authors", "paper"))
+    authors, paper = (variants.variant(name, base, True) for name in ("authors", "paper"))
     assert (authors.backend.kernels, authors.backend.attention, authors.backend.optimizer) == (
         "reference", "sdpa", "torch",
     )  # fmt: skip
     assert not authors.train.compile and paper.train.compile and paper.backend.kernels == "auto"
     assert authors.probe == paper.probe and paper.probe.branch == "paper" and not paper.probe.pool_before_fc2
-    assert step.variant("shared-0.2", base, False).probe.extra_fraction == 0.2
-    assert not step.variant("plain", base, False).probe.enabled
+    assert variants.variant("shared-0.2", base, False).probe.extra_fraction == 0.2
+    assert not variants.variant("plain", base, False).probe.enabled
 
 
 def test_a_failing_variant_is_named_and_the_others_have_a_budget(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Runner(step.Runner):
+    class Runner(variants.Runner):
         def __init__(self, config: Config, two_passes: bool = False) -> None:
             if two_passes:
                 raise torch.OutOfMemoryError("no memory")
             super().__init__(config, two_passes)
 
-    monkeypatch.setattr(step, "Runner", Runner)
+    monkeypatch.setattr(variants, "Runner", Runner)
     command = "--preset tiny --rounds 1 --budget --variants authors shared-0.8 --json".split()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -174,7 +174,7 @@ def test_a_failing_variant_is_named_and_the_others_have_a_budget(
     found = read(tmp_path / "step.json")
     assert list(found["failed"]) == ["authors"] and list(found["budgets"]) == ["shared-0.8"]
     budget = {line["room"]: line for line in found["budgets"]["shared-0.8"]}
-    assert set(budget) == {*step.ROOMS, "other"}
+    assert set(budget) == {*variants.ROOMS, "other"}
     for room in ("matrix products", "attention", "adaLN", "GELU", "optimizer"):
         assert budget[room]["floor ms"] > 0 and budget[room]["measured ms"] > 0, room
     training = sum(part["training"] for part in found["parts"]["shared-0.8"].values())
@@ -200,7 +200,7 @@ def test_a_failing_variant_is_named_and_the_others_have_a_budget(
     ("aten::copy_", "other"),
 ])  # fmt: skip
 def test_rooms_of_kernels(kernel: str, room: str) -> None:
-    assert step.room_of(kernel) == room
+    assert variants.room_of(kernel) == room
 
 
 @pytest.mark.parametrize(("name", "tflops"), [
