@@ -99,7 +99,9 @@ def _error(got: Tensor, plain: Tensor, true: Tensor, case: Case, what: str) -> W
     error, theirs = (float((x.double() - true).abs().max()) / largest for x in (got, plain))
     # Triton's interpreter cuts bfloat16 off where a GPU rounds, which doubles an error.
     factor = 4 if got.dtype == torch.bfloat16 and not got.is_cuda else 2
-    allowed = factor * theirs + case.floor
+    # Of a few numbers, a loss say, PyTorch's own can be exact by luck: one rounding of the type is always allowed.
+    luck = torch.finfo(case.dtype).eps if true.numel() < 64 and case.dtype.is_floating_point else 0.0
+    allowed = factor * theirs + case.floor + luck
     return Worst(error / allowed, what, error, allowed)
 
 
@@ -122,7 +124,7 @@ def correctness(context: Context, section: Section) -> None:
     section.notes += [
         f"Inputs are drawn from the seed {context.seed} (`--seed` repeats them).",
         "Truth is the reference in float64 (interpolate: on the CPU); allowed is twice the error of plain PyTorch in "
-        "the same type and 1e-6 of the largest entry (interpolate: 1e-5).",
+        "the same type and 1e-6 of the largest entry (interpolate: 1e-5); one rounding more for fewer than 64 numbers.",
     ]
 
 
