@@ -36,6 +36,8 @@ class Ops:
     norm_modulate: Callable[..., Tensor]
     gate_residual_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[[Tensor, int], Tensor]
+    linear: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
     pool: Callable[[Tensor, Tensor], Tensor]
     gelu_pool: Callable[[Tensor, Tensor], Tensor]
     probe_head: Callable[..., tuple[Tensor, Tensor]]
@@ -49,6 +51,8 @@ REFERENCE = Ops(
     norm_modulate=reference.norm_modulate,
     gate_residual_norm_modulate=reference.gate_residual_norm_modulate,
     attention=reference.attention,
+    linear=reference.linear,
+    mlp=reference.mlp,
     pool=reference.pool,
     gelu_pool=reference.gelu_pool,
     probe_head=reference.probe_head,
@@ -138,6 +142,8 @@ def _triton() -> Ops:
         norm_modulate=adaln.norm_modulate,
         gate_residual_norm_modulate=adaln.gate_residual_norm_modulate,
         attention=attention.attention,
+        linear=reference.linear,
+        mlp=reference.mlp,
         pool=gelu_pool.pool,
         gelu_pool=gelu_pool.gelu_pool,
         probe_head=probe_head.probe_head,

@@ -211,9 +211,24 @@ def pool(x: Tensor, weights: Tensor) -> Tensor:
         return torch.bmm(weights[:, None].to(x.dtype), x)[:, 0]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b`: x `(..., K)`, weight `(N, K)`, bias `(N,)`; `(..., N)`."""
+    return F.linear(x, weight, bias)
+
+
+def gelu(h: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    return F.gelu(h, approximate="tanh")
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """`GELU(x W1^T + b1) W2^T + b2`: x `(..., D)`, weight1 `(M, D)`, weight2 `(D, M)`."""
+    return F.linear(gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
 def gelu_pool(h: Tensor, weights: Tensor) -> Tensor:
     """`pool(GELU_tanh(h), weights)`: (B, T, F) -> (B, F) float32."""
-    return pool(F.gelu(h, approximate="tanh"), weights)
+    return pool(gelu(h), weights)
 
 
 def probe_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -15,7 +15,7 @@ from lsep import memory
 from lsep.config import Config
 from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
-from lsep_kernels.reference import gate_residual, unpatchify
+from lsep_kernels.reference import gate_residual, gelu, unpatchify
 
 
 class PatchEmbed(nn.Module):
@@ -69,24 +69,31 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
+        qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=2).flatten(2)
-        return self.proj(self.ops.attention(qkv, self.num_heads))
+        out = self.ops.attention(qkv, self.num_heads)
+        return self.ops.linear(out, self.proj.weight, self.proj.bias)
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear."""
+    """Linear, tanh-GELU, Linear; `first` and `second` are its two halves, for the block that pools between them."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.fc1.weight, self.fc1.bias)
+
+    def second(self, hidden: Tensor) -> Tensor:
+        return self.ops.linear(gelu(hidden), self.fc2.weight, self.fc2.bias)
 
 
 class Modulation(NamedTuple):
@@ -112,7 +119,7 @@ class Block(nn.Module):
         super().__init__()
         self.ops = ops
         self.attn = Attention(width, heads, qk_norm, ops)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, int(width * mlp_ratio), ops)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, c: Tensor) -> Modulation:
@@ -154,18 +161,18 @@ class Block(nn.Module):
         rows = [len(x) - len(window), len(window)]
         (x, x_extra), (gate, gate_extra) = x.split(rows), m.gate2.split(rows)
         with span("MLP"):
-            hidden, hidden_extra = self.mlp.fc1(h).split(rows)
+            hidden, hidden_extra = self.mlp.first(h).split(rows)
         if pool_before_fc2:
             with span("probe"):
                 pooled = self.mlp.fc2(self.ops.gelu_pool(hidden_extra, window))
                 features = gate_residual(self.ops.pool(x_extra, window), gate_extra, pooled)
         else:
             with span("MLP"):
-                branch = self.mlp.fc2(self.mlp.act(hidden_extra))
+                branch = self.mlp.second(hidden_extra)
             with span("probe"):
                 features = self.ops.pool(gate_residual(x_extra, gate_extra, branch), window)
         with span("MLP"):
-            branch = self.mlp.fc2(self.mlp.act(hidden))
+            branch = self.mlp.second(hidden)
         with span("adaLN"):
             return *self.ops.gate_residual_norm_modulate(x, gate, branch, *following), features
 
