@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from bench.section import Section, show
-from bench.step import again, facts, rates, write
+from bench.step import COMPILE, again, facts, rates, write
 from bench.variants import configuration, interleaves, measure, with_data
 from lsep.checks import check
 from lsep.config import Config, override
 from lsep.errors import UserError
-from lsep.train import pick_device
+from lsep.step import pick_device
 
 AXES = ("batch size", "width", "tokens", "extra fraction")
 
@@ -100,7 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{flag}", type=kind, nargs="*", metavar="VALUE", help="no value leaves the axis out")
     parser.add_argument("--steps", type=int, metavar="N", help="in a round: 10 on a GPU, else 1")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="5 where not given")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="yes on a GPU, else no")
+    parser.add_argument("--compile", choices=COMPILE, default="auto", help="train.compile; auto where not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not to the terminal")
     return parser.parse_args(arguments)
@@ -110,14 +110,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """All figures, and the report."""
     device = pick_device("auto")
     cuda = device.type == "cuda"
-    compiled, steps = (cuda if args.compile is None else args.compile), args.steps
-    if steps is None:
-        steps = 10 if cuda else 1
+    steps = (10 if cuda else 1) if args.steps is None else args.steps
     for flag, count in (("steps", steps), ("rounds", args.rounds)):
         if count < 1:
             raise UserError(f"--{flag} is {count}, expected at least 1")
     preset = args.preset or ("sit-xl-2-256" if cuda else "cpu")
-    base = override(configuration(preset), {"train.compile": compiled})
+    base = override(configuration(preset), {"train.compile": args.compile})
     # As a number, so that the share the preset means by None is the same point as its value on the axis.
     base = override(base, {"probe.extra_fraction": round(base.extra_fraction, 9), "probe.branch": "shared"})
     names = points(args, base, defaults(base, cuda))
@@ -143,7 +141,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         fits[axis] = fit([m.flops for m in chosen], [m.median for m in chosen])
     result = {
         **facts(device), "preset": preset, "steps": steps, "rounds": args.rounds, "interleaved": together,
-        "compiled": compiled, "matrix rate": matrix_rate, "points": rows,
+        "compile": args.compile, "matrix rate": matrix_rate, "points": rows,
         "fits": {axis: values for axis, values in fits.items() if values}, "failed": failed,
     }  # fmt: skip
     return result, report(result)

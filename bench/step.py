@@ -1,11 +1,13 @@
 """Time of a training step: plain SiT, LSEP the authors' way, LSEP as it is here; interleaved, beside their FLOPs.
 
     python -m bench.step [--preset NAME] [--batch-size N] [--variants NAME ...] [--steps N] [--rounds N]
-                         [--no-compile] [--json FILE] [--markdown FILE]
+                         [--compile off|block|model] [--json FILE] [--markdown FILE]
 
 Variants: `plain` SiT; `authors`, LSEP in two separate passes with full `fc2`, eager, PyTorch's own operations; `paper`,
 the same mathematics through this project's joint pass, kernels and compiler; `shared-E`, LSEP with second passes for a
-share E of the batch. Presets are those of `lsep presets` on random latents, and `cpu` and `tiny` of this file's own.
+share E of the batch. A name followed by `+SECTION.FIELD=VALUE` is that variant with the field changed: so every
+optimisation can be put beside the step without it (`shared-0.8 shared-0.8+train.graphs=off`). Presets are those of
+`lsep presets` on random latents, and `cpu` and `tiny` of this file's own.
 
 Only `train_step` is timed, its batches lie on the device. A round times every variant, in rotating order; times are
 medians over rounds, ratios medians of the ratios within a round. Where the weights of all variants would leave too
@@ -36,13 +38,15 @@ from lsep.checks import check
 from lsep.config import override
 from lsep.errors import UserError
 from lsep.plan import branch_plan
-from lsep.train import pick_device
+from lsep.step import pick_device
 
 PEAKS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
     "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 150, "RTX 4090": 165,
 }  # fmt: skip
 """Dense bf16 TFLOP/s by what a GPU's name contains; of several, the longest counts (NVIDIA's data sheets)."""
+
+COMPILE = ("auto", "off", "block", "model")
 
 
 def rates(device: torch.device) -> tuple[float, float]:
@@ -152,7 +156,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="NAME", help="all where not given")
     parser.add_argument("--steps", type=int, metavar="N", help="in a round: 10 on a GPU, else 1")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="9 where not given")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="yes on a GPU, else no")
+    parser.add_argument("--compile", choices=COMPILE, default="auto", help="train.compile; auto where not given")
     parser.add_argument("--budget", action=argparse.BooleanOptionalAction, help="profile each variant; yes on a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not to the terminal")
@@ -163,7 +167,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """All figures, and the report."""
     device = pick_device("auto")
     cuda = device.type == "cuda"
-    compiled, budget = (cuda if given is None else given for given in (args.compile, args.budget))
+    budget = cuda if args.budget is None else args.budget
     steps = args.steps if args.steps is not None else (10 if cuda else 1)
     for flag, value in (("steps", steps), ("rounds", args.rounds)):
         if value < 1:
@@ -173,7 +177,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.batch_size is not None:
         base = override(base, {"train.batch_size": args.batch_size})
     with tempfile.TemporaryDirectory() as folder:
-        configs = {name: variant(name, base, compiled) for name in args.variants}
+        configs = {name: variant(name, base, args.compile) for name in args.variants}
         for config in configs.values():
             check(config)
         configs = {name: with_data(config, Path(folder)) for name, config in configs.items()}
@@ -185,7 +189,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     budgets = {name: floors(m, copy_rate, matrix_rate) for name, m in found.items() if budget}
     result = {
         **facts(device), "preset": preset, "batch size": base.train.batch_size, "steps": steps, "rounds": args.rounds,
-        "interleaved": together, "compiled": compiled, "copy rate": copy_rate, "matrix rate": matrix_rate,
+        "interleaved": together, "compile": args.compile, "copy rate": copy_rate, "matrix rate": matrix_rate,
         "variants": rows, "budgets": budgets, "failed": failed,
         "round ms": {name: [s * 1e3 for s in m.seconds] for name, m in found.items()},
         "parts": {

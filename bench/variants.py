@@ -1,6 +1,7 @@
 """The variants that `bench.step` and `bench.scaling` time: their configurations, their data, and the timing itself."""
 
 import gc
+import json
 import re
 import statistics
 import time
@@ -21,8 +22,9 @@ from lsep import flops
 from lsep.config import PRESETS, Config, override
 from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
+from lsep.graphs import WARM_UP, Graphs
 from lsep.model import SiT
-from lsep.train import open_loader, setup, train_step
+from lsep.step import open_loader, setup, train_step
 from lsep_kernels.reference import gate_residual
 
 # depth 10 and probe 3: by FLOPs LSEP costs 21 % here, as much as for SiT-XL/2.
@@ -48,7 +50,10 @@ ROOMS = {
 }
 """What a kernel (on a CPU, an operator) is there for, by its name; the first that matches counts."""
 _PAPER = {"probe.branch": "paper", "probe.extra_fraction": None, "probe.pool_before_fc2": False}
-_EAGER = {"backend.kernels": "reference", "backend.attention": "sdpa", "backend.optimizer": "torch"}
+_EAGER = {
+    "backend.kernels": "reference", "backend.attention": "sdpa", "backend.optimizer": "torch",
+    "backend.modulation": "block", "train.compile": "off", "train.graphs": "off",
+}  # fmt: skip
 
 
 @dataclass
@@ -62,8 +67,10 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     """Of a step, by round."""
     compile_seconds: float | None = None
+    """What the first steps took beyond the time of a step: compilers, capture of a graph."""
     peak_bytes: int | None = None
-    """Of the device's memory, the other variants' weights left out."""
+    """Of the device's memory, the other variants' weights left out; while it was warmed up (a graph's replay allocates
+    nothing) or timed."""
     rooms: dict[str, float] = field(default_factory=dict)
     """Seconds of a step by what they were spent on, see ROOMS."""
 
@@ -80,22 +87,24 @@ class Measured:
 class Runner:
     """One variant, warmed up."""
 
+    resident: int | None = None
+    """Bytes that stay allocated between steps."""
+
     def __init__(self, config: Config, two_passes: bool = False) -> None:
-        before = allocated()
+        self.others = allocated()
         self.state = setup(config)
         if two_passes:
-            model = self.state.forward.model  # of the module that runs, maybe a copy of `objective`
+            model = self.state.learning.model  # of the module that runs, maybe a copy of `objective`
             model.forward_with_probe = partial(separate_passes, model)  # type: ignore[method-assign]
         self.batches = list(islice(open_loader(self.state, 0, 2), 2))
         self.steps = 0
         manifest, parameters = self.state.source.manifest, self.state.objective.parameters()
         self.found = Measured(self.state.config, manifest.probe_classes, sum(p.numel() for p in parameters))
-        self.resident = 0
-        first, second, third = self.time(1), self.time(1), self.time(1)
-        if config.train.compile:
-            self.found.compile_seconds = max(0.0, first - min(second, third))
-        self.resident = allocated() - before
-        self.found.peak_bytes = None
+        graphed = isinstance(self.state.compute, Graphs)
+        warm = [self.time(1) for _ in range(WARM_UP + 2 if graphed else 3)]
+        if self.state.device.type == "cuda" or config.train.compile not in ("auto", "off"):
+            self.found.compile_seconds = max(0.0, sum(warm) - len(warm) * min(warm))
+        self.resident: int | None = allocated() - self.others
 
     def time(self, steps: int) -> float:
         """Seconds a step, over `steps`."""
@@ -103,7 +112,7 @@ class Runner:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        others = allocated() - self.resident
+        others = self.others if self.resident is None else allocated() - self.resident
         start = time.perf_counter()
         for _ in range(steps):
             train_step(self.state, self.steps, self.batches[self.steps % len(self.batches)])
@@ -164,13 +173,17 @@ def configuration(name: str) -> Config:
     return override(Config(), OWN[name]) if name in OWN else PRESETS[name]
 
 
-def variant(name: str, base: Config, compiled: bool) -> Config:
-    """`base` as the variant `name`; raises UserError for one that does not exist."""
+def variant(name: str, base: Config, compiled: str) -> Config:
+    """`base` as the variant `name`, compiled as `train.compile` says; raises UserError for one that does not exist.
+
+    A name may change fields: `shared-0.8+train.graphs=off+train.memory=recompute-blocks`.
+    """
+    name, *changes = name.split("+")
     values: dict[str, Any] = {"train.compile": compiled}
     if name == "plain":
         values |= {"probe.enabled": False}
     elif name == "authors":
-        values |= _PAPER | _EAGER | {"train.compile": False}
+        values |= _PAPER | _EAGER
     elif name == "paper":
         values |= _PAPER
     else:
@@ -182,7 +195,20 @@ def variant(name: str, base: Config, compiled: bool) -> Config:
         if kind != "shared":
             known = ", ".join(VARIANTS)
             raise UserError(f"variant {name!r} is unknown, expected some of {known} (or another shared-E)")
+    for change in changes:
+        field_name, sign, value = change.partition("=")
+        if not sign:
+            raise UserError(f"variant {name!r} is changed by {change!r}, expected SECTION.FIELD=VALUE")
+        values[field_name] = _value(value)
     return override(base, values)
+
+
+def _value(text: str) -> Any:
+    """A number, `true`, `false` or `null` as JSON has them, any other text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def with_data(config: Config, folder: Path) -> Config:

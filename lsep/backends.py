@@ -1,5 +1,8 @@
 """Which implementation computes what: chosen from the configuration and the device, here and nowhere else."""
 
+import importlib.util
+import os
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,8 @@ APEX_INSTALL = (
     "git clone https://github.com/NVIDIA/apex && pip install -v --no-build-isolation "
     '--config-settings "--build-option=--cpp_ext" --config-settings "--build-option=--cuda_ext" ./apex'
 )
+ON_DEVICE = ("csrc", "reference")
+"""Optimizers that are one operation, with rates and counters on the device."""
 
 
 class Backends(NamedTuple):
@@ -19,6 +24,14 @@ class Backends(NamedTuple):
 
     ops: ops.Ops
     optimizer: str
+    bf16_weights: bool
+    """The model runs on bf16 copies of its weights."""
+    joint_modulation: bool
+    """One matrix product gives every block's modulation."""
+    compile: str
+    """off, block or model."""
+    graphs: bool
+    """A step is a CUDA graph."""
 
 
 def choose(config: Config, device: torch.device) -> Backends:
@@ -33,21 +46,58 @@ def choose(config: Config, device: torch.device) -> Backends:
     problem = missing_optimizer(wanted.optimizer, device)
     if problem:
         raise UserError(f"--backend.optimizer is {wanted.optimizer!r}, but {problem}")
-    return Backends(chosen, wanted.optimizer if wanted.optimizer != "auto" else best_optimizer(device))
+    optimizer = wanted.optimizer if wanted.optimizer != "auto" else best_optimizer(device)
+    copies = _bf16_weights(config, optimizer)
+    if wanted.modulation == "joint" and not copies:
+        raise UserError("--backend.modulation is 'joint', but the weights are float32, expected --train.weights bf16")
+    joint = copies and wanted.modulation != "block"
+    return Backends(
+        chosen, optimizer, copies, joint, _compile(config.train.compile, device), _graphs(config, optimizer, device)
+    )
 
 
-def bf16_weights(config: Config, optimizer: str) -> bool:
-    """Whether the model runs on bf16 copies of its weights; raises UserError where they are asked for and cannot be."""
+def _bf16_weights(config: Config, optimizer: str) -> bool:
     problem = None
     if config.train.precision != "bf16":
         problem = f"--train.precision is {config.train.precision!r}, expected 'bf16'"
-    elif optimizer not in ("csrc", "reference"):
+    elif optimizer not in ON_DEVICE:
         problem = f"the optimizer is {optimizer!r}, expected 'csrc' or 'reference', which write them"
     elif config.optim.accumulate > 1:
         problem = f"--optim.accumulate is {config.optim.accumulate}, and gradients would be summed in bf16, expected 1"
     if problem and config.train.weights == "bf16":
         raise UserError(f"--train.weights is 'bf16', but {problem}")
     return problem is None and config.train.weights != "fp32"
+
+
+def _compile(wanted: str, device: torch.device) -> str:
+    problem = missing_compiler(device)
+    if wanted == "auto":
+        return "block" if device.type == "cuda" and problem is None else "off"
+    if wanted != "off" and problem:
+        raise UserError(f"--train.compile is {wanted!r}, but on {device.type} it needs {problem}")
+    return wanted
+
+
+def _graphs(config: Config, optimizer: str, device: torch.device) -> bool:
+    problem = None
+    if device.type != "cuda":
+        problem = f"a CUDA graph needs a GPU, and the device is {device.type}"
+    elif optimizer not in ON_DEVICE:
+        problem = f"the optimizer is {optimizer!r}, expected 'csrc' or 'reference', whose rates are on the device"
+    if problem and config.train.graphs == "on":
+        raise UserError(f"--train.graphs is 'on', but {problem}")
+    return problem is None and config.train.graphs != "off"
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine and what would bring it; None when it has all."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton, which is not installed: pip install triton"
+        return None
+    if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
+        return None
+    return "a C++ compiler, and none is found: apt install g++"
 
 
 def best_optimizer(device: torch.device) -> str:

@@ -131,7 +131,7 @@ def sample(argv: Args) -> None:
     from lsep.checks import check
     from lsep.run import Run
     from lsep.sample import sample as draw_samples
-    from lsep.train import pick_device
+    from lsep.step import pick_device
 
     run = Run.existing(path)
     config = run.config()

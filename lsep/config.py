@@ -168,8 +168,10 @@ class TrainConfig:
     """Keep the residual stream in float32 under bf16 autocast."""
     memory: Literal["keep", "recompute-elementwise", "recompute-blocks"] = "keep"
     """What a step keeps for its backward; norms and GELU, or whole blocks, can be computed again to save memory."""
-    compile: bool = False
-    """Compile forward and backward with torch.compile, as one graph."""
+    compile: Literal["auto", "off", "block", "model"] = "auto"
+    """torch.compile of each block (one code for all of a shape) or of the whole objective; auto: block on a GPU."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """The whole step as one CUDA graph; auto is on where the optimizer keeps to the device (csrc, reference)."""
     wandb: str | None = None
     """Weights & Biases project to log to; None logs to files and TensorBoard only."""
 
@@ -182,6 +184,8 @@ class BackendConfig:
     """Operations of the block, the probe and the loss: Triton kernels or plain PyTorch; auto is Triton on a GPU."""
     attention: Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"] = "auto"
     """Attention; auto is the Triton kernel on Hopper for 256 tokens and heads of 64 or 72, else cuDNN or SDPA."""
+    modulation: Literal["auto", "joint", "block"] = "auto"
+    """adaLN's matrix products: one for all blocks, or one a block; auto is joint over bf16 weights."""
     optimizer: Literal["auto", "csrc", "torch", "apex", "reference"] = "auto"
     """Clipping, AdamW and EMA; auto is csrc on a GPU where it is built, otherwise torch."""
 
@@ -329,8 +333,8 @@ def from_dict(values: Any, source: str) -> Config:
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
     "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
-    "train.weights", "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every",
-    "train.wandb",
+    "train.weights", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
+    "train.sample_every", "train.wandb",
 }  # fmt: skip
 
 

@@ -1,9 +1,7 @@
 """What is active on this machine, and for each optional part that is not: why, and what would install it."""
 
 import importlib.util
-import os
 import platform
-import shutil
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,17 +16,6 @@ class Part(NamedTuple):
     version: str | None
     note: str
     install: str = ""
-
-
-def missing_for_compile(device: str) -> str | None:
-    """What --train.compile lacks on this machine and what would bring it, or None."""
-    if device == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton, which is not installed: pip install triton"
-        return None
-    if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
-        return None
-    return "a C++ compiler, and none is found: apt install g++"
 
 
 def parts() -> list[Part]:
@@ -53,9 +40,11 @@ def parts() -> list[Part]:
     for name, device in (("csrc/adamw_ema.cpp", "cpu"), ("csrc/adamw_ema.cu", "cuda")):
         reason = adamw_ema.why_missing(device)
         found.append(Part(name, None if reason else "built", reason or f"--backend.optimizer csrc on {device}"))
-    missing = missing_for_compile("cpu")
-    found.append(Part("compile, CPU", None if missing else "ready", missing or "--train.compile"))
-    found.append(_package("triton", "triton", "kernels, and --train.compile on a GPU", "pip install triton"))
+    from lsep import backends
+
+    missing = backends.missing_compiler(torch.device("cpu"))
+    found.append(Part("compile, CPU", None if missing else "ready", missing or "--train.compile block"))
+    found.append(_package("triton", "triton", "kernels, and torch.compile on a GPU", "pip install triton"))
     found += _backends(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found.append(_package("tensorboard", "tensorboard", "event files of a run", "pip install tensorboard"))
     found.append(_package("wandb", "wandb", "--train.wandb PROJECT", "pip install wandb"))

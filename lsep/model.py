@@ -6,14 +6,16 @@ Parameter names are those of the published weights (`blocks.0.attn.qkv.weight`, 
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsep import memory
 from lsep.config import Config
 from lsep.ranges import span
+from lsep_kernels.joint_linear import join, joint_linear
 from lsep_kernels.ops import REFERENCE, Ops
 from lsep_kernels.reference import gate_residual, gelu, unpatchify
 
@@ -206,6 +208,7 @@ class SiT(nn.Module):
         assert m.in_channels is not None and m.num_classes is not None
         self.patch_size, self.null_class, self.ops = m.patch_size, m.num_classes, ops
         self.fp32_residual = config.train.fp32_residual
+        self.joint_modulation = False
         self.run = memory.runner(config.train.memory)
         self.x_embedder = PatchEmbed(m.in_channels, m.hidden_size, m.patch_size)
         self.t_embedder = TimestepEmbedder(m.hidden_size)
@@ -279,11 +282,39 @@ class SiT(nn.Module):
 
         The first `depth` blocks are conditioned on `joint`, the others and the final layer on `c`.
         """
-        modulations = []
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            modulations.append(block.modulation(joint if i < depth else c))
-        return modulations, [(m.shift1, m.scale1) for m in modulations[1:]] + [self.final_layer.modulation(c)]
+        if self.joint_modulation:
+            modulations, final = self._joint_modulations(len(c), joint, depth)
+        else:
+            modulations = []
+            for i, block in enumerate(self.blocks):
+                assert isinstance(block, Block)
+                modulations.append(block.modulation(joint if i < depth else c))
+            final = self.final_layer.modulation(c)
+        return modulations, [(m.shift1, m.scale1) for m in modulations[1:]] + [final]
+
+    def _joint_modulations(
+        self, rows: int, joint: Tensor, depth: int
+    ) -> tuple[list[Modulation], tuple[Tensor, Tensor]]:
+        """All modulations in one matrix product; from block `depth` on the first `rows` rows of it count."""
+        linears = self._modulation_linears()
+        out = joint_linear(F.silu(joint), [m.weight for m in linears], [m.bias for m in linears])
+        width = joint.shape[1]
+        probed, others = out.split([6 * depth * width, out.shape[1] - 6 * depth * width], dim=1)
+        others = others.split([rows, len(joint) - rows])[0]
+        parts = [*probed.split(width, dim=1), *others.split(width, dim=1)] if depth else others.split(width, dim=1)
+        last = 6 * len(self.blocks)
+        return [Modulation(*parts[i : i + 6]) for i in range(0, last, 6)], (parts[last], parts[last + 1])
+
+    def join_modulations(self) -> None:
+        """From here on one matrix product gives all modulations; moves their weights together in memory."""
+        linears = self._modulation_linears()
+        join([cast(nn.Parameter, m.weight) for m in linears])
+        join([m.bias for m in linears])
+        self.joint_modulation = True
+
+    def _modulation_linears(self) -> list[nn.Linear]:
+        sequences = [m.adaLN_modulation for m in (*self.blocks, self.final_layer)]
+        return [cast(nn.Linear, s[1]) for s in cast(list[nn.Sequential], sequences)]
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Embedded patches with their positions `(N, T, D)`, in the type of the residual stream."""

@@ -23,7 +23,7 @@ from lsep.errors import UserError
 from lsep.floors import Rates, Work, measure, step_work
 from lsep.ranges import recording, span
 from lsep.run import Run, write_atomic
-from lsep.train import State, open_loader, pick_device, setup, train_step
+from lsep.step import State, open_loader, pick_device, setup, train_step
 
 TOOLS = {
     "nsys": "Nsight Systems, https://developer.nvidia.com/nsight-systems",

@@ -1,151 +1,35 @@
-"""Training: `setup`, `train_step`, and the loop.
+"""Training: the loop around `lsep.step`, with its logs, checkpoints and clock.
 
 from lsep.config import PRESETS
 from lsep.train import train
 train(PRESETS["quickstart"], "runs/mine")
 """
 
-import copy
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsep import backends, checkpoint
-from lsep.checks import check, resolve
+from lsep import checkpoint
 from lsep.config import Config
-from lsep.data import order
-from lsep.data.loader import Batch, Loader, open_source
-from lsep.data.manifest import Source
-from lsep.data.reader import Sequence
-from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
-from lsep.metrics import Logger, require_wandb
-from lsep.objective import TIME_BINS, Losses, Objective
-from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
-from lsep.plan import BranchPlan, branch_plan
-from lsep.ranges import span
+from lsep.metrics import Logger
+from lsep.objective import TIME_BINS
+from lsep.optim import rate_factor
 from lsep.run import Run
+from lsep.step import State, open_loader, setup, train_step
 
 MAX_LOST = 10
 """A run ends when no step of so many, and of a whole log window, has a finite gradient."""
-
-
-@dataclass
-class State:
-    """What a step needs."""
-
-    config: Config
-    source: Source
-    device: torch.device
-    objective: Objective
-    ema: Objective
-    optimizer: Optimizer
-    forward: Callable[[Batch, BranchPlan, Tensor, Tensor], Losses]
-    """The objective, or its copy in bf16; compiled or not."""
-    plans: dict[bool, list[BranchPlan]]
-    """With and without the probe, the plan of each micro-batch."""
-    steps_per_epoch: int
-
-    @property
-    def bf16(self) -> bool:
-        """Matmuls run in bf16, under autocast."""
-        return self.config.train.precision == "bf16"
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device behind `--train.device` or `--device`."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"device 'cuda' was asked for, but torch {torch.__version__} finds no GPU here; expected 'cpu' or 'auto'"
-        )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def setup(config: Config) -> State:
-    """Open the data, resolve and check the configuration, build modules and optimizer."""
-    check(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process, expected 1")
-    if config.train.wandb:
-        require_wandb()
-    device = pick_device(config.train.device)
-    source = open_source(config.data)
-    config = resolve(config, source.manifest)
-    if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
-        precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
-        config = replace(config, train=replace(config.train, precision=precision))
-    shards = config.optim.accumulate
-    plans = {probe: [branch_plan(config, i, shards, probe) for i in range(shards)] for probe in (False, True)}
-    chosen = backends.choose(config, device)
-    objective = Objective(config, source.manifest, chosen.ops)
-    objective.initialize(config.train.seed)
-    objective.to(device)
-    ema = copy.deepcopy(objective).eval().requires_grad_(False)
-    copies = bf16_copies(objective) if backends.bf16_weights(config, chosen.optimizer) else None
-    forward: Callable[..., Losses] = copies or objective
-    if config.train.compile:
-        missing = missing_for_compile(device.type)
-        if missing:
-            raise UserError(f"--train.compile on {device.type} needs {missing}")
-        forward = torch.compile(forward, fullgraph=True, dynamic=False)
-    return State(
-        config=config,
-        source=source,
-        device=device,
-        objective=objective,
-        ema=ema,
-        optimizer=build_optimizer(objective, ema, config.optim, chosen.optimizer, copies),
-        forward=forward,
-        plans=plans,
-        steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
-    )
-
-
-def open_loader(state: State, first: int, last: int) -> Loader:
-    """The batches of steps `first` to `last - 1` (counted from 0)."""
-    train, data = state.config.train, state.config.data
-    accumulate, skip = state.config.optim.accumulate, data.on_corrupt == "skip"
-    sequence = Sequence(state.source, train.seed, train.batch_size, accumulate, first, last, skip)
-    return Loader(sequence, data, state.device)
-
-
-def train_step(state: State, step: int, batches: list[Batch]) -> Tensor:
-    """One optimizer step, without a host sync. `step` counts from 0.
-
-    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, 0) on the device, see `Losses`; for a
-    step that was skipped, because its gradient is not finite, zeros and a 1.
-    """
-    config = state.config
-    probe = config.probe.enabled and (config.probe.end_step is None or step < config.probe.end_step)
-    # Filled on the device: a tensor made from a host value would wait for the copy.
-    at_step = torch.full((), step, dtype=torch.int64, device=state.device)
-    at_epoch = torch.full((), step // state.steps_per_epoch, dtype=torch.int64, device=state.device)
-    statistics = []
-    for plan, batch in zip(state.plans[probe], batches, strict=True):
-        with span("forward"), torch.autocast(state.device.type, torch.bfloat16, enabled=state.bf16):
-            losses = state.forward(batch, plan, at_step, at_epoch)
-        with span("backward"):
-            (losses.total / len(batches)).backward()
-        means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
-        statistics.append(torch.cat([means, losses.hits.flatten()]))
-    with span("optimizer"):
-        state.optimizer.set_rate(rate_factor(step, config.optim, config.train.steps))
-        norm = state.optimizer.step()
-    total = torch.stack(statistics).sum(0)
-    finite = torch.isfinite(norm)
-    total = torch.where(finite, torch.cat([total[:2], norm[None], total[2:]]), 0)
-    return torch.cat([total, (~finite)[None].to(total.dtype)])
 
 
 def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str = "custom") -> Run:

@@ -13,7 +13,7 @@ from lsep.checks import resolve
 from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.plan import branch_plan
-from lsep.train import open_loader, setup, train_step
+from lsep.step import open_loader, setup, train_step
 from lsep_kernels import ops
 
 CPU = torch.device("cpu")

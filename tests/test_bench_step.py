@@ -14,6 +14,7 @@ from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 from bench import scaling, step, variants
 from lsep.checks import resolve
 from lsep.config import PRESETS, Config
+from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.plan import branch_plan
 
@@ -38,7 +39,7 @@ def test_every_variant_is_timed_and_reported(tmp_path: Path) -> None:
     found = read(files[0])
     rows = {row["variant"]: row for row in found["variants"]}
     assert list(rows) == list(variants.VARIANTS)
-    assert found["interleaved"] and not found["compiled"] and not found["failed"]
+    assert found["interleaved"] and found["compile"] == "auto" and not found["failed"]
     assert found["batch size"] == 20 and found["rounds"] == 3
     for name, row in rows.items():
         times = found["round ms"][name]
@@ -142,14 +143,22 @@ def test_authors_way_is_the_same_mathematics() -> None:
 
 def test_variants_are_what_they_are_called() -> None:
     base = PRESETS["sit-xl-2-256"]
-    authors, paper = (variants.variant(name, base, True) for name in ("authors", "paper"))
+    authors, paper = (variants.variant(name, base, "model") for name in ("authors", "paper"))
     assert (authors.backend.kernels, authors.backend.attention, authors.backend.optimizer) == (
         "reference", "sdpa", "torch",
     )  # fmt: skip
-    assert not authors.train.compile and paper.train.compile and paper.backend.kernels == "auto"
+    assert (authors.train.compile, paper.train.compile, paper.backend.kernels) == ("off", "model", "auto")
     assert authors.probe == paper.probe and paper.probe.branch == "paper" and not paper.probe.pool_before_fc2
-    assert variants.variant("shared-0.2", base, False).probe.extra_fraction == 0.2
-    assert not variants.variant("plain", base, False).probe.enabled
+    assert variants.variant("shared-0.2", base, "auto").probe.extra_fraction == 0.2
+    assert not variants.variant("plain", base, "auto").probe.enabled
+    changed = variants.variant("plain+train.graphs=off+train.fp32_residual=true", base, "auto").train
+    assert changed.graphs == "off" and changed.fp32_residual
+    for bad, message in (
+        ("plain+graphs", "expected SECTION.FIELD=VALUE"),
+        ("plain+train.graphs=no", "expected one of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            variants.variant(bad, base, "auto")
 
 
 def test_a_failing_variant_is_named_and_the_others_have_a_budget(

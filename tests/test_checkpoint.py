@@ -11,7 +11,7 @@ from conftest import tiny
 from lsep import checkpoint
 from lsep.checkpoint import Progress
 from lsep.errors import UserError
-from lsep.train import State, open_loader, setup, train_step
+from lsep.step import State, open_loader, setup, train_step
 
 
 def trained(store: Path, steps: int = 2, **changes: object) -> State:

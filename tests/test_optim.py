@@ -14,7 +14,7 @@ from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.optim import build_optimizer, rate_factor
 from lsep.plan import branch_plan
-from lsep.train import open_loader, setup, train_step
+from lsep.step import open_loader, setup, train_step
 
 
 @pytest.mark.parametrize("by", ["torch", "csrc", "reference"])
@@ -71,8 +71,8 @@ def test_bf16_weights_are_copies_of_the_masters(store: Path, tmp_path: Path, by:
     curves = {w: [train_step(s, i, b) for i, b in enumerate(open_loader(s, 0, 6))] for w, s in states.items()}
     assert relative_error(torch.stack(curves["bf16"])[:, :3], torch.stack(curves["fp32"])[:, :3]) < 0.02
     state = states["bf16"]
-    assert isinstance(state.forward, Objective) and state.forward is not state.objective
-    for master, work in zip(state.objective.parameters(), state.forward.parameters(), strict=True):
+    assert state.learning is not state.objective
+    for master, work in zip(state.objective.parameters(), state.learning.parameters(), strict=True):
         assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), work)
     path = checkpoint.save(tmp_path, checkpoint.Progress(6, 0.0), state.objective, state.ema, state.optimizer)
     assert {t.dtype for t in checkpoint.read_tensors(path / "model.safetensors").values()} == {torch.float32}

@@ -20,7 +20,7 @@ from lsep.errors import UserError
 from lsep.flops import step_parts, total
 from lsep.objective import Objective
 from lsep.plan import branch_plan
-from lsep.train import open_loader, setup, train_step
+from lsep.step import open_loader, setup, train_step
 
 CPU = torch.device("cpu")
 QUICK = ("profile", "quickstart", "--train.batch-size", "16", "--train.device", "cpu", "--steps", "2", "--warmup", "1")

@@ -14,11 +14,12 @@ from conftest import relative_error, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsep import checkpoint
+from lsep.backends import missing_compiler
 from lsep.config import Config, flat
-from lsep.doctor import missing_for_compile
 from lsep.errors import UserError
 from lsep.run import Run
-from lsep.train import State, open_loader, setup, train, train_step
+from lsep.step import State, open_loader, setup, train_step
+from lsep.train import train
 
 
 def flags(config: Config) -> list[str]:
@@ -174,10 +175,11 @@ def test_probe_ends(store: Path, tmp_path: Path) -> None:
     assert [m["probe_accuracy"] is None for m in run.metrics()] == [False, False, True, True]
 
 
-@pytest.mark.skipif(missing_for_compile("cpu") is not None, reason="needs a C++ compiler")
-def test_compiled_training_has_the_same_losses(store: Path) -> None:
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("what", ["block", "model"])
+def test_compiled_training_has_the_same_losses(store: Path, what: str) -> None:
     changes = {"data__path": str(store), "model__depth": 1, "probe__depth": 1}
-    got = losses_of(setup(tiny(**changes, train__compile=True)), 3)
+    got = losses_of(setup(tiny(**changes, train__compile=what)), 3)
     assert relative_error(got[:, :3], losses_of(setup(tiny(**changes)), 3)[:, :3]) < 1e-4
 
 

@@ -1,0 +1,169 @@
+"""One training step: `setup` builds what it needs, `train_step` runs it.
+
+What differs from step to step is on the device before it begins: the batch, its number, its epoch, its learning rates.
+The step itself is a function of tensors alone, without a host sync, and so a CUDA graph can hold all of it
+(`lsep.graphs`).
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lsep import backends
+from lsep.checks import check, resolve
+from lsep.config import Config
+from lsep.data import order
+from lsep.data.loader import Batch, Loader, open_source
+from lsep.data.manifest import Source
+from lsep.data.reader import Sequence
+from lsep.errors import UserError
+from lsep.graphs import Graphs
+from lsep.metrics import require_wandb
+from lsep.objective import Losses, Objective
+from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
+from lsep.plan import BranchPlan, branch_plan
+from lsep.ranges import span
+
+
+@dataclass
+class State:
+    """What a step needs."""
+
+    config: Config
+    source: Source
+    device: torch.device
+    objective: Objective
+    learning: Objective
+    """What has the gradients: `objective`, or its copy in bf16."""
+    ema: Objective
+    optimizer: Optimizer
+    bf16: bool
+    """Matmuls run in bf16, under autocast."""
+    compute: Callable[[bool, list[Batch]], Tensor]
+    """The device's part of a step, with or without the probe: `compute_step`, itself or as a CUDA graph."""
+    at_step: Tensor
+    """The step's number from 0, int64 on the device."""
+    at_epoch: Tensor
+    """Its epoch, likewise."""
+    steps_per_epoch: int
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device behind `--train.device` or `--device`."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device 'cuda' was asked for, but torch {torch.__version__} finds no GPU here; expected 'cpu' or 'auto'"
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def setup(config: Config) -> State:
+    """Open the data, resolve and check the configuration, build modules and optimizer."""
+    check(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process, expected 1")
+    if config.train.wandb:
+        require_wandb()
+    device = pick_device(config.train.device)
+    source = open_source(config.data)
+    config = resolve(config, source.manifest)
+    if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
+        precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
+        config = replace(config, train=replace(config.train, precision=precision))
+    chosen = backends.choose(config, device)
+    objective = Objective(config, source.manifest, chosen.ops)
+    objective.initialize(config.train.seed)
+    objective.to(device)
+    ema = copy.deepcopy(objective).eval().requires_grad_(False)
+    copies = bf16_copies(objective) if chosen.bf16_weights else None
+    learning = copies or objective
+    if chosen.joint_modulation:
+        learning.model.join_modulations()
+    optimizer = build_optimizer(objective, ema, config.optim, chosen.optimizer, copies)
+    at_step, at_epoch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+    shards = config.optim.accumulate
+    plans = {probe: [branch_plan(config, i, shards, probe) for i in range(shards)] for probe in (False, True)}
+    bf16 = config.train.precision == "bf16"
+    forward = _compiled(learning, chosen.compile)
+    compute = partial(compute_step, forward, optimizer, plans, at_step, at_epoch, bf16)
+    return State(
+        config=config,
+        source=source,
+        device=device,
+        objective=objective,
+        learning=learning,
+        ema=ema,
+        optimizer=optimizer,
+        bf16=bf16,
+        compute=Graphs(compute, device) if chosen.graphs else compute,
+        at_step=at_step,
+        at_epoch=at_epoch,
+        steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
+    )
+
+
+def _compiled(objective: Objective, what: str) -> Callable[..., Losses]:
+    """`objective`, or that compiled, or with its blocks compiled: one code for all blocks of a shape."""
+    if what == "block":
+        objective.model.run = torch.compile(objective.model.run, fullgraph=True, dynamic=False)
+    return torch.compile(objective, fullgraph=True, dynamic=False) if what == "model" else objective
+
+
+def open_loader(state: State, first: int, last: int) -> Loader:
+    """The batches of steps `first` to `last - 1` (counted from 0)."""
+    train, data = state.config.train, state.config.data
+    accumulate, skip = state.config.optim.accumulate, data.on_corrupt == "skip"
+    sequence = Sequence(state.source, train.seed, train.batch_size, accumulate, first, last, skip)
+    return Loader(sequence, data, state.device)
+
+
+def train_step(state: State, step: int, batches: list[Batch], probe: bool | None = None) -> Tensor:
+    """One optimizer step, without a host sync. `step` counts from 0; `probe` overrules the configuration.
+
+    Returns what `compute_step` does.
+    """
+    config = state.config
+    if probe is None:
+        probe = config.probe.enabled and (config.probe.end_step is None or step < config.probe.end_step)
+    # Filled on the device: a tensor made from a host value would wait for the copy.
+    state.at_step.fill_(step)
+    state.at_epoch.fill_(step // state.steps_per_epoch)
+    state.optimizer.set_rate(rate_factor(step, config.optim, config.train.steps))
+    return state.compute(probe, batches)
+
+
+def compute_step(
+    forward: Callable[..., Losses],
+    optimizer: Optimizer,
+    plans: dict[bool, list[BranchPlan]],
+    at_step: Tensor,
+    at_epoch: Tensor,
+    bf16: bool,
+    probe: bool,
+    batches: list[Batch],
+) -> Tensor:
+    """Losses, gradients and update; the host decides nothing in here but by its arguments.
+
+    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, 0) on the device, see `Losses`; for a
+    step that was skipped, because its gradient is not finite, zeros and a 1.
+    """
+    statistics = []
+    for plan, batch in zip(plans[probe], batches, strict=True):
+        with span("forward"), torch.autocast(at_step.device.type, torch.bfloat16, enabled=bf16):
+            losses = forward(batch, plan, at_step, at_epoch)
+        with span("backward"):
+            (losses.total / len(batches)).backward()
+        means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
+        statistics.append(torch.cat([means, losses.hits.flatten()]))
+    with span("optimizer"):
+        norm = optimizer.step()
+    total = torch.stack(statistics).sum(0)
+    finite = torch.isfinite(norm)
+    total = torch.where(finite, torch.cat([total[:2], norm[None], total[2:]]), 0)
+    return torch.cat([total, (~finite)[None].to(total.dtype)])
