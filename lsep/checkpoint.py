@@ -10,9 +10,8 @@ import contextlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,8 @@ class Progress:
     """Optimizer steps done."""
     seconds: float
     """Time spent in training steps, over all sessions of the run."""
+    gpu_seconds: float = 0.0
+    """Time that GPUs spent in them, summed over GPUs."""
 
 
 def weights(objective: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def save(folder: Path, progress: Progress, objective: Objective, ema: Objective,
         for name, tensors in zip(_FILES, (weights(objective), weights(ema), optimizer.tensors()), strict=True):
             _write_tensors(temporary / name, tensors)
         sizes = {name: (temporary / name).stat().st_size for name in _FILES}
-        state = {"step": progress.step, "seconds": progress.seconds, "bytes": sizes, "torch": torch.__version__}
+        state = {**asdict(progress), "bytes": sizes, "torch": torch.__version__}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         _flush(temporary / "state.json")
         _flush(temporary)
@@ -114,22 +115,22 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer) -> Progress:
     """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit."""
-    state = _read_state(path)
+    progress = _read_state(path)
     load_weights(path / "model.safetensors", objective)
     load_weights(path / "ema.safetensors", ema)
     try:
         optimizer.load(read_tensors(path / "optimizer.safetensors"))
     except UserError as error:
         raise UserError(f"{path / 'optimizer.safetensors'}: {error}") from None
-    return Progress(state["step"], state["seconds"])
+    return progress
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> Progress:
     file = path / "state.json"
     try:
         state = json.loads(file.read_text())
         sizes = {str(k): int(v) for k, v in state["bytes"].items()}
-        state = {"step": int(state["step"]), "seconds": float(state["seconds"])}
+        progress = Progress(int(state["step"]), float(state["seconds"]), float(state.get("gpu_seconds", 0)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a checkpoint of this program ({type(error).__name__}: {error})") from None
     for name, size in sizes.items():
@@ -139,7 +140,7 @@ def _read_state(path: Path) -> dict[str, Any]:
                 continue
             raise UserError(f"{path / name}: truncated or changed, {found} bytes found and {size} expected")
         raise UserError(f"{path / name}: missing, {size} bytes expected")
-    return state
+    return progress
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

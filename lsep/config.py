@@ -172,6 +172,8 @@ class TrainConfig:
     """torch.compile of each block (one code for all of a shape) or of the whole objective; auto: block on a GPU."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """The whole step as one CUDA graph; auto is on where the optimizer keeps to the device (csrc, reference)."""
+    overhead_rounds: int = 5
+    """Pairs of steps, with and without the probe, that measure LSEP's cost once a run is done; 0 leaves it out."""
     wandb: str | None = None
     """Weights & Biases project to log to; None logs to files and TensorBoard only."""
 
@@ -334,7 +336,7 @@ def from_dict(values: Any, source: str) -> Config:
 FREE_ON_RESUME = {
     "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
     "train.weights", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
-    "train.sample_every", "train.wandb",
+    "train.sample_every", "train.overhead_rounds", "train.wandb",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity
 
 from lsep import trace
 from lsep.checks import check
-from lsep.config import Config
+from lsep.config import Config, flat, override
 from lsep.data.loader import Batch
 from lsep.errors import UserError
 from lsep.floors import Rates, Work, measure, step_work
@@ -94,6 +94,9 @@ def profile(config: Config, out: Path, steps: int, warmup: int, argv: list[str],
     if not traced and device.type != "cuda":
         raise UserError("--no-trace marks a window for nsys or ncu, which needs a GPU, and the device is the CPU")
     _check_out(out)
+    # There are no ranges in compiled blocks and in the replay of a graph: both only where they are asked for.
+    auto = [name for name in ("train.compile", "train.graphs") if flat(config)[name] == "auto"]
+    config = override(config, dict.fromkeys(auto, "off"))
     state = setup(config)
     if not traced:
         seconds = _steps(state, steps, warmup, _cuda_window())

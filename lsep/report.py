@@ -5,6 +5,7 @@ import html
 import io
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,18 @@ from lsep.run import Run, write_atomic
 AGREEMENT_SAMPLES = 200
 
 
-def finish(model: SiT, config: Config, manifest: Manifest, run: Run, device: torch.device) -> str:
-    """Draw the last grid from the EMA `model`, judge digits, write results.json and report; returns what to print."""
+def finish(
+    model: SiT,
+    config: Config,
+    manifest: Manifest,
+    run: Run,
+    device: torch.device,
+    measured: Callable[[], dict[str, Any]] = dict,
+) -> str:
+    """Draw the last grid from the EMA `model`, judge digits, write results.json and report; returns what to print.
+
+    `measured` gives further results, and is called when `model` is not needed any more.
+    """
     from lsep import sample
     from lsep.data import digits
 
@@ -42,8 +53,12 @@ def finish(model: SiT, config: Config, manifest: Manifest, run: Run, device: tor
         "machine": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "gpu_seconds": last["gpu_seconds"],
+        **measured(),
     }
     lines = [f"trained {step} steps in {last['seconds']:.0f} s"]
+    if "lsep_overhead" in results:
+        lines.append(f"a step with LSEP takes {1 + results['lsep_overhead']:.2f} times one without")
     if judged:
         share = digits.agreement(images[:AGREEMENT_SAMPLES], labels[:AGREEMENT_SAMPLES].numpy())
         results["agreement"], results["agreement_samples"] = share, AGREEMENT_SAMPLES
@@ -92,12 +107,17 @@ def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: d
     }
     if "agreement" in results:
         rows["3-NN agreement"] = f"{results['agreement']:.1%} of {results['agreement_samples']} samples"
+    if "lsep_overhead" in results:
+        low, high = results["lsep_overhead_quartiles"]
+        rows["LSEP overhead"] = f"{results['lsep_overhead']:+.1%} of a step's time (quartiles {low:+.1%}, {high:+.1%})"
     rows |= {k: str(results[k]) for k in ("machine", "torch") if k in results}
     return "<table>" + "".join(f"<tr><th>{k}<td>{html.escape(v)}" for k, v in rows.items()) + "</table>"
 
 
 def _curves(metrics: list[dict[str, Any]]) -> list[str]:
-    steps, seconds = ([m[x] for m in metrics] for x in ("step", "seconds"))
+    axes = {"step": "step", "training seconds": "seconds"}
+    if any(m.get("gpu_seconds") for m in metrics):
+        axes["GPU seconds"] = "gpu_seconds"
     losses = {
         name: [m[name] for m in metrics]
         for name in ("loss", "denoising", "lsep")
@@ -105,13 +125,14 @@ def _curves(metrics: list[dict[str, Any]]) -> list[str]:
     }
     out = ["<h2>Training</h2><div class=curves>"]
     # Against time too: a method that learns more a step may learn less a second.
-    out += [_plot("loss", label, x, losses, log=True) for label, x in (("step", steps), ("training seconds", seconds))]
+    out += [_plot("loss", label, [m[x] for m in metrics], losses, log=True) for label, x in axes.items()]
     probed = [m for m in metrics if m["probe_accuracy"] is not None]
     if probed:
         accuracy = {"all t": [m["probe_accuracy"] for m in probed]}
-        for label, key in (("step", "step"), ("training seconds", "seconds")):
+        for label, key in axes.items():
             out.append(_plot("probe accuracy, unlabelled samples", label, [m[key] for m in probed], accuracy))
         out.append(_time_bins(probed))
+    steps = [m["step"] for m in metrics]
     out.append(_plot("images/s", "step", steps, {"images/s": [m["images_per_second"] for m in metrics]}))
     out.append(_plot("gradient norm", "step", steps, {"before": [m["grad_norm"] for m in metrics]}, log=True))
     return [*out, "</div>"]

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsep import checkpoint
+from lsep import checkpoint, overhead
 from lsep.config import Config
+from lsep.data.loader import Batch
 from lsep.errors import UserError
 from lsep.metrics import Logger
 from lsep.objective import TIME_BINS
@@ -61,10 +62,15 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
         if progress.step:
             logger.say(f"continuing {run.path} at step {progress.step}")
         with _interruptible() as interrupted:
-            _loop(state, run, logger, progress, interrupted)
+            batches = _loop(state, run, logger, progress, interrupted)
         if interrupted():
             raise KeyboardInterrupt
-        results = report.finish(state.ema.model, state.config, state.source.manifest, run, state.device)
+
+        def measured() -> dict[str, Any]:
+            rounds = config.train.overhead_rounds if config.probe.enabled else 0
+            return overhead.measure(state, batches, rounds) if batches and rounds else {}
+
+        results = report.finish(state.ema.model, state.config, state.source.manifest, run, state.device, measured)
         logger.say(results)
     finally:
         logger.close()
@@ -73,13 +79,15 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
 
 def _loop(
     state: State, run: Run, logger: Logger, progress: checkpoint.Progress, interrupted: Callable[[], bool]
-) -> None:
+) -> list[Batch]:
+    """Train to the end, or until interrupted; a copy of the last step's batches."""
     config, step = state.config.train, progress.step
-    clock = _Clock(state.device, progress.seconds)
+    clock = _Clock(state.device, progress)
     window = _Window(state, step, progress.seconds)
     loader = open_loader(state, step, config.steps)
     for batches in loader:
-        window.add(train_step(state, step, batches))
+        with clock.step():
+            window.add(train_step(state, step, batches))
         step += 1
         logger.advance()
         stop = step == config.steps or interrupted()
@@ -90,7 +98,7 @@ def _loop(
             with clock.paused():
                 checkpoint.save(
                     run.checkpoints,
-                    checkpoint.Progress(step, clock.seconds),
+                    checkpoint.Progress(step, clock.seconds, clock.gpu_seconds),
                     state.objective,
                     state.ema,
                     state.optimizer,
@@ -100,7 +108,8 @@ def _loop(
             with clock.paused():
                 _draw_grid(state, run, step)
         if stop:
-            return
+            return [Batch(*(t.clone() for t in batch)) for batch in batches]
+    return []
 
 
 def _draw_grid(state: State, run: Run, step: int) -> None:
@@ -143,6 +152,7 @@ class _Window:
             "epoch": step / self.state.steps_per_epoch,
             "images": step * config.train.batch_size,
             "seconds": round(seconds, 3),
+            "gpu_seconds": round(clock.gpu_seconds, 3) if clock.cuda else None,
             "loss": None if denoising is None or lsep is None else denoising + lsep,
             "denoising": denoising,
             "lsep": lsep,
@@ -160,17 +170,40 @@ class _Window:
 class _Clock:
     """Seconds spent training: the time for checkpoints and sample grids is left out."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device = device
-        self.start = time.perf_counter() - seconds
+    def __init__(self, device: torch.device, before: checkpoint.Progress) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self.start = time.perf_counter() - before.seconds
+        self.gpu = before.gpu_seconds
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
+    @property
+    def gpu_seconds(self) -> float:
+        """From the begin to the end of each step on the GPU: waiting for data is left out. Waits for the last step."""
+        for begin, end in self.events:
+            end.synchronize()
+            self.gpu += begin.elapsed_time(end) / 1e3
+        self.events.clear()
+        return self.gpu
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step."""
+        if not self.cuda:
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self.events.append((begin, end))
+
     @contextmanager
     def paused(self) -> Iterator[None]:
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize(self.device)
         before = time.perf_counter()
         yield

@@ -22,7 +22,9 @@ TINY = Config(
     model=ModelConfig(depth=3, hidden_size=32, num_heads=2),
     probe=ProbeConfig(depth=2, window_min=2),
     optim=OptimConfig(lr=1e-3, probe_lr=1e-2, ema_decay=0.9),
-    train=TrainConfig(steps=8, batch_size=10, log_every=2, checkpoint_every=4, sample_every=0, device="cpu"),
+    train=TrainConfig(
+        steps=8, batch_size=10, log_every=2, checkpoint_every=4, sample_every=0, device="cpu", overhead_rounds=0
+    ),
 )
 """Three blocks of width 32; over `store` it sees 4 x 4 tokens."""
 
