@@ -2,9 +2,11 @@
 
     python -m bench.gpu [--json FILE] [--markdown FILE] [--only SECTION ...] [--seed N]
 
-Takes under 8 minutes on one H200. The exit code is 1 when a check failed or a section could not run to its end (the
-others still do); targets of speed are marked in the tables and fail nothing. `--smoke` runs the same code at tiny
-sizes, on a CPU in Triton's interpreter: it tests this suite, not the kernels.
+Takes under 8 minutes on one H200, without the sections `step` (the step table of SiT-XL/2) and `pretraining` (three
+minutes of real training): these run when `--only` names them, and take about 8 and 5 minutes. The exit code is 1 when a
+check failed or a section could not run to its end (the others still do); targets of speed are marked in the tables and
+fail nothing. `--smoke` runs the same code at tiny sizes, on a CPU in Triton's interpreter: it tests this suite, not the
+kernels.
 
 A section is a function that fills an empty `Section` of its name: to add one, write it and add it to `sections`.
 """
@@ -33,16 +35,22 @@ Run = Callable[[Context, Section], None]
 _REST = "LSEP_BENCH_REST"  # set for a process that does what another could not
 
 
+ON_REQUEST = ("step", "pretraining")
+"""Sections that only `--only` runs."""
+
+
 def sections() -> list[Run]:
     """All of them, in the order they run; `machine` always does. What is optional comes last."""
     from bench.candidates import candidates
     from bench.kernel_checks import correctness, determinism
     from bench.kernel_times import kernels
     from bench.machine import machine
+    from bench.pretraining import pretraining
     from bench.sanitizer import csrc
+    from bench.step_table import step
     from bench.training import training
 
-    return [machine, correctness, determinism, kernels, csrc, training, candidates]
+    return [machine, correctness, determinism, kernels, csrc, training, candidates, step, pretraining]
 
 
 def prepare(smoke: bool) -> torch.device | None:
@@ -146,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     context = Context(device, args.smoke, seed, deadline=time.monotonic() + float(os.environ.get(_REST, BUDGET)))
-    done = run_all(context, args.only or names)
+    done = run_all(context, args.only or [name for name in names if name not in ON_REQUEST])
     text = report(done)
     for path in (args.json, args.markdown):
         if path:

@@ -1,8 +1,8 @@
-"""Section `training`: the kernels and the CUDA optimizer train as plain PyTorch does.
+"""Section `training`: with every optimisation that leaves the mathematics alone a model trains as with plain PyTorch.
 
-A small SiT with its probe is trained on random images that can be learned, once with everything this project computes
-itself, once with plain PyTorch from the same seed, and once more from another seed. The two curves of one seed may
-differ by no more than those of two seeds do.
+A small SiT with its probe is trained on random images that can be learned: with plain PyTorch from two seeds, and from
+the first of them with the optimisations, added one after the other and each with the switch that turns it off. Two
+curves of one seed may differ by no more than those of two seeds do.
 """
 
 import copy
@@ -28,6 +28,35 @@ from lsep_kernels.adamw_ema import why_missing
 WINDOW = 20
 """Steps of the running mean of a curve."""
 CLASSES = 10
+
+PLAIN: dict[str, Any] = {
+    "backend.kernels": "reference", "backend.attention": "reference", "backend.optimizer": "torch",
+    "backend.modulation": "block", "train.weights": "fp32", "train.compile": "off", "train.graphs": "off",
+    "train.memory": "keep",
+}  # fmt: skip
+"""Every switch off."""
+
+
+def switches(context: Context) -> dict[str, dict[str, Any]]:
+    """Rows of the table: what is changed from PLAIN. In the interpreter, which has no bf16 products, but few."""
+    own_optimizer = "csrc" if why_missing(context.device.type) is None else "reference"
+    kernels = {"backend.kernels": "triton", "backend.attention": "triton"}
+    optimizer = {**kernels, "backend.optimizer": own_optimizer}
+    rows = {"kernels": kernels, "kernels, optimizer": optimizer}
+    if not context.cuda:
+        return rows
+    weights = {**optimizer, "train.weights": "bf16"}
+    joint = {**weights, "backend.modulation": "joint"}
+    return rows | {
+        "... and bf16 weights": weights,
+        "... and joint modulations": joint,
+        "... and blocks compiled": {**joint, "train.compile": "block"},
+        "... and a CUDA graph": {**joint, "train.compile": "block", "train.graphs": "on"},
+        "joint, whole model compiled": {**joint, "train.compile": "model"},
+        "joint, CUDA graph": {**joint, "train.graphs": "on"},
+        "joint, elementwise recomputed": {**joint, "train.memory": "recompute-elementwise"},
+        "joint, blocks recomputed": {**joint, "train.memory": "recompute-blocks"},
+    }
 
 
 @dataclass(frozen=True)
@@ -66,26 +95,23 @@ class Curve:
         return self.losses.unfold(0, min(WINDOW, len(self.losses)), 1).mean(-1)
 
 
-def write_images(path: Path, plan: Plan) -> None:
-    """Latents of ten classes: a smooth pattern each, and noise."""
+def write_patterns(path: Path, rows: int, side: int) -> None:
+    """A store of latents `(rows, 4, side, side)` of ten classes: a smooth pattern each, and noise."""
     rng = np.random.default_rng(0)
     coarse = rng.normal(size=(CLASSES, 4, 4, 4))
-    patterns = coarse.repeat(plan.side // 4, axis=2).repeat(plan.side // 4, axis=3)
-    y = rng.integers(CLASSES, size=plan.rows)
-    x = (patterns[y] + 0.3 * rng.normal(size=(plan.rows, 4, plan.side, plan.side))).astype(np.float32)
+    patterns = coarse.repeat(side // 4, axis=2).repeat(side // 4, axis=3)
+    y = rng.integers(CLASSES, size=rows)
+    x = (patterns[y] + 0.3 * rng.normal(size=(rows, 4, side, side))).astype(np.float32)
     write_store(path, kind="samples", x=x, y=y, num_classes=CLASSES)
 
 
-def configuration(store: Path, plan: Plan, context: Context, ours: bool, **changes: Any) -> Config:
-    """Settings of a run by this project's own code, or by plain PyTorch and its optimizer."""
-    own_optimizer = "csrc" if why_missing(context.device.type) is None else "reference"
+def configuration(store: Path, plan: Plan, context: Context, changes: dict[str, Any]) -> Config:
+    """Settings of a run by plain PyTorch and its optimizer, but for `changes`."""
     return override(Config(), {
         **plan.model, "optim.lr": 5e-4, "optim.probe_lr": 1e-3, "optim.warmup_steps": 20, "optim.ema_decay": 0.99,
         "data.path": str(store), "data.loader": "resident", "train.steps": plan.steps, "train.batch_size": plan.batch,
         "train.device": context.device.type, "train.precision": "bf16" if context.cuda else "fp32",
-        "backend.kernels": "triton" if ours else "reference", "backend.attention": "triton" if ours else "reference",
-        "backend.optimizer": own_optimizer if ours else "torch",
-        **{name.replace("__", "."): value for name, value in changes.items()},
+        **PLAIN, **changes,
     })  # fmt: skip
 
 
@@ -133,25 +159,21 @@ def training(context: Context, section: Section) -> None:
     plan = SMOKE if context.smoke else FULL
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        write_images(store, plan)
-        base = run(configuration(store, plan, context, False), plan, context, guard=False)
-        other = run(configuration(store, plan, context, False, train__seed=1), plan, context, guard=False)
+        write_patterns(store, plan.rows, plan.side)
+        base = run(configuration(store, plan, context, {}), plan, context, guard=False)
+        other = run(configuration(store, plan, context, {"train.seed": 1}), plan, context, guard=False)
         spread = (base.smooth() - other.smooth()).abs()
         section.rows += [_row("plain PyTorch", base, base, base), _row("plain PyTorch, other seed", other, base, base)]
         allowed = spread.amax(0), spread.mean(0)
-        for name, changes in (("triton + csrc", {}), ("triton + csrc, compiled", {"train__compile": "model"})):
-            if changes and context.smoke:
-                section.skipped.append("the compiled run: a smoke test compiles nothing")
-                continue
+        for name, changes in switches(context).items():
             try:
-                config = configuration(store, plan, context, True, **changes)
-                curve = run(config, plan, context, guard=True)
+                curve = run(configuration(store, plan, context, changes), plan, context, guard=True)
             except Exception as error:
                 context.synchronize()  # raises where this process can do no more
                 section.failures.append(f"{name}: {sentence(error)}")
                 continue
             section.rows.append(_judge(section, name, curve, base, allowed))
-            section.details[name] = curve.losses.tolist()
+            section.details[name] = {"changes": changes, "losses": curve.losses.tolist()}
     section.details |= {"plain PyTorch": base.losses.tolist(), "plain PyTorch, other seed": other.losses.tolist()}
     _learned(section, base, plan)
     section.notes += _notes(context, plan)

@@ -54,6 +54,7 @@ def finish(
         if device.type == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "gpu_seconds": last["gpu_seconds"],
+        "peak_memory_bytes": last["peak_memory_bytes"],
         **measured(),
     }
     lines = [f"trained {step} steps in {last['seconds']:.0f} s"]
@@ -110,6 +111,8 @@ def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: d
     if "lsep_overhead" in results:
         low, high = results["lsep_overhead_quartiles"]
         rows["LSEP overhead"] = f"{results['lsep_overhead']:+.1%} of a step's time (quartiles {low:+.1%}, {high:+.1%})"
+    if results.get("peak_memory_bytes"):
+        rows["peak memory"] = f"{results['peak_memory_bytes'] / 2**30:.1f} GiB of the GPU's"
     rows |= {k: str(results[k]) for k in ("machine", "torch") if k in results}
     return "<table>" + "".join(f"<tr><th>{k}<td>{html.escape(v)}" for k, v in rows.items()) + "</table>"
 

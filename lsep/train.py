@@ -162,6 +162,7 @@ class _Window:
             "probe_accuracy": sum(hits) / sum(counts) if sum(counts) else None,
             "probe_accuracy_by_time": [h / c if c else None for h, c in zip(hits, counts, strict=True)],
             "images_per_second": count * config.train.batch_size / max(seconds - self.seconds, 1e-9),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(clock.device) if clock.cuda else None,
         }
         self.step, self.seconds, self.sums = step, seconds, None
         return line

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ["machine", "correctness", "determinism", "kernels", "csrc", "training", "candidates"]
+ON_REQUEST = ["step", "pretraining"]
 BROKEN = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
@@ -57,8 +58,19 @@ def test_every_section_runs_and_is_reported(tmp_path: Path) -> None:
             "interpolate", "velocity_loss",
         }  # fmt: skip
     assert sections["kernels"]["rows"][0]["us"] > 0 and sections["kernels"]["rows"][0]["compiled us"] > 0
-    assert [row["run"] for row in sections["training"]["rows"]][-1] == "triton + csrc"
+    assert [row["run"] for row in sections["training"]["rows"]][2:] == ["kernels", "kernels, optimizer"]
     assert all(row["tried"] >= 1 for row in sections["candidates"]["rows"])
+
+
+def test_the_long_sections_run_on_request(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    done = run("-m", "bench.gpu", "--smoke", "--seed", "7", "--only", *ON_REQUEST, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, step, pretraining = json.loads(file.read_text())["sections"]
+    assert [row["variant"] for row in step["rows"]][:2] == ["plain", "authors"]
+    assert "fp8" in step["skipped"][0]
+    checked = {row["figure"]: row for row in pretraining["rows"]}
+    assert checked["skipped steps"]["found"] == 0 and checked["images/s"]["found"] > 0
 
 
 def test_a_wrong_kernel_fails(tmp_path: Path) -> None:
@@ -85,4 +97,6 @@ def test_unknown_sections_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
     from bench.gpu import main
 
     assert main(["--smoke", "--only", "nothing"]) == 2
-    assert capsys.readouterr().err == f"--only nothing is unknown, expected some of {', '.join(SECTIONS)}\n"
+    assert (
+        capsys.readouterr().err == f"--only nothing is unknown, expected some of {', '.join(SECTIONS + ON_REQUEST)}\n"
+    )

@@ -54,6 +54,7 @@ class Loader:
         self.sequence, self.config, self.device = sequence, config, device
         self.kind = choose(config, sequence.source, device)
         self.skipped = 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = {"torch": self._torch, "dali": self._dali, "resident": self._resident}[self.kind]()
@@ -76,10 +77,9 @@ class Loader:
 
         threads, depth = self.config.threads, self.config.prefetch
         for slot, host, refill in ring(self.sequence, threads, depth, allocate, wait, self.sequence.accumulate):
-            x = buffers[slot].to(self.device, non_blocking=True)
-            if cuda:
-                copied[slot] = torch.cuda.Event()
-                copied[slot].record()
+            x = self._to_device(buffers[slot])
+            if self.stream is not None:
+                copied[slot] = self.stream.record_event()
             batch = self._labelled(x, host)
             refill()
             yield batch
@@ -92,14 +92,23 @@ class Loader:
 
     def _labelled(self, x: Tensor, host: HostBatch) -> Batch:
         self.skipped += host.skipped
-        return Batch(x, *self._to_device(host.columns))
+        return Batch(x, *self._columns(host.columns))
 
-    def _to_device(self, columns: Ids) -> tuple[Tensor, ...]:
-        """Rows of `columns` on the device, in one copy that the host does not wait for."""
+    def _columns(self, columns: Ids) -> tuple[Tensor, ...]:
+        """Rows of `columns` on the device, in one copy."""
         together = torch.from_numpy(columns)
-        if self.device.type == "cuda":
-            together = together.pin_memory().to(self.device, non_blocking=True)
-        return together.unbind(0)
+        return self._to_device(together.pin_memory() if self.stream is not None else together).unbind(0)
+
+    def _to_device(self, pinned: Tensor) -> Tensor:
+        """A copy. Neither the host waits for it nor it for the step before, which the device still runs."""
+        if self.stream is None:
+            return pinned.to(self.device)
+        with torch.cuda.stream(self.stream):
+            copy = pinned.to(self.device, non_blocking=True)
+        step = torch.cuda.current_stream(self.device)
+        step.wait_stream(self.stream)
+        copy.record_stream(step)  # its memory goes to no other copy before the step has read it
+        return copy
 
     def _resident(self) -> Iterator[Batch]:
         rows = self.sequence.source.manifest.rows
@@ -114,7 +123,7 @@ class Loader:
             if bad.any():
                 self.skipped += self.sequence.replace(ids, epoch, readable)
             flips = self.sequence.flips(ids, epoch)
-            place, there = self._to_device(np.stack([ids if flips is None else ids + flips * rows, ids]))
+            place, there = self._columns(np.stack([ids if flips is None else ids + flips * rows, ids]))
             yield Batch(x[place], y[there], probe_y[there], there)
 
 
