@@ -182,6 +182,8 @@ class BackendConfig:
     """Operations of the block, the probe and the loss: Triton kernels or plain PyTorch; auto is Triton on a GPU."""
     attention: Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"] = "auto"
     """Attention; auto is the Triton kernel on Hopper for 256 tokens and heads of 64 or 72, else cuDNN or SDPA."""
+    mlp: Literal["auto", "torch", "triton", "cublaslt"] = "auto"
+    """A block's MLP; triton and cublaslt compute GELU again in the backward; auto is triton where the kernels are."""
     optimizer: Literal["auto", "csrc", "torch", "apex", "reference"] = "auto"
     """Clipping, AdamW and EMA; auto is csrc on a GPU where it is built, otherwise torch."""
 
