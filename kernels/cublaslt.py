@@ -258,7 +258,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def linear_gelu_backward(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """`dz = (dy W) GELU_tanh'(z)`, `(M, H)`, and its sum over rows, `(H,)`: dy `(M, D)`, weight `(D, H)`, z `(M, H)`."""
+    """`dz = (dy W) GELU_tanh'(z)` `(M, H)` and its sum over rows `(H,)`: dy `(M, D)`, weight `(D, H)`, z `(M, H)`."""
     (m, width), hidden = dy.shape, z.shape[1]
     check_widths(width, hidden)
     dz, dbias = torch.empty_like(z), z.new_empty(hidden)

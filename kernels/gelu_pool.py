@@ -34,7 +34,7 @@ def gelu_gate(x):
 
 @triton.jit
 def gelu_slope(x, gate):
-    """GELU_tanh'(x), with its gate."""
+    """The derivative of GELU_tanh at x, whose `gelu_gate` is `gate`."""
     return gate + x * gate * (1 - gate) * _STEEP * (1 + 3 * _CUBIC * x * x)
 
 

@@ -60,14 +60,15 @@ def _mlp_gelu_backward_kernel(
     tl.store(partial_ptr + chunk * H + cols, tl.sum(total, 0), mask=cols < H)
 
 
-def _gelu(z: Tensor) -> Tensor:
+def gelu(z: Tensor) -> Tensor:
+    """`GELU_tanh(z)`."""
     h = torch.empty_like(z)
     launch(_mlp_gelu_kernel, (triton.cdiv(z.numel(), FORWARD["BLOCK"]),), z, h, z.numel(), **FORWARD)
     return h
 
 
-def _gelu_backward(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`dz (M, H)`, its sum over rows `(H,)` and `h (M, H)`."""
+def gelu_backward(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`dz = dh GELU_tanh'(z)`, its sum over rows `(H,)` and `h = GELU_tanh(z)`; dh, z, dz and h `(M, H)`."""
     m, hidden = z.shape
     chunks = triton.cdiv(m, ROWS)
     dz, h = torch.empty_like(z), torch.empty_like(z)
@@ -88,7 +89,7 @@ def _gradients_of_products(dy: Tensor, x: Tensor, h: Tensor, dz: Tensor, weight1
 def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
     """The result `(M, D)` and z `(M, H)`."""
     z = torch.addmm(bias1, x, weight1.t())
-    return torch.addmm(bias2, _gelu(z), weight2.t()), z
+    return torch.addmm(bias2, gelu(z), weight2.t()), z
 
 
 @operator("mlp_backward")
@@ -96,26 +97,26 @@ def _mlp_backward(
     dy: Tensor, x: Tensor, z: Tensor, weight1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2 and bias2."""
-    dz, dbias1, h = _gelu_backward(dy @ weight2, z)
+    dz, dbias1, h = gelu_backward(dy @ weight2, z)
     dx, dweight1, dweight2, dbias2 = _gradients_of_products(dy, x, h, dz, weight1)
     return dx, dweight1, dbias1, dweight2, dbias2
 
 
 # Opaque operators: what they call is no part of a graph that torch.compile could look into.
-@torch.library.custom_op("lsep::mlp_cublaslt", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("lsep::mlp_cublaslt", mutates_args=())
 def _mlp_cublaslt(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
     """As `_mlp`."""
     h, z = cublaslt.linear_gelu(x, weight1, bias1)
     return torch.addmm(bias2, h, weight2.t()), z
 
 
-@torch.library.custom_op("lsep::mlp_cublaslt_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("lsep::mlp_cublaslt_backward", mutates_args=())
 def _mlp_cublaslt_backward(
     dy: Tensor, x: Tensor, z: Tensor, weight1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `_mlp_backward`."""
     dz, dbias1 = cublaslt.linear_gelu_backward(dy, weight2, z)
-    dx, dweight1, dweight2, dbias2 = _gradients_of_products(dy, x, _gelu(z), dz, weight1)
+    dx, dweight1, dweight2, dbias2 = _gradients_of_products(dy, x, gelu(z), dz, weight1)
     return dx, dweight1, dbias1, dweight2, dbias2
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "mlp", "mlp_cublaslt"}
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the results of matrix products, of attention and of an MLP in one operator (its result and z)."""
     name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else str(operation)
-    kept = name in _PRODUCTS or "attention" in name or "mlp" in name
+    kept = name in _PRODUCTS or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
