@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from conftest import random, run
+from conftest import DEVICE, assert_kernel_is_as_accurate, random, run
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -12,6 +12,8 @@ from lsep_kernels import cublaslt, mlp, ops, reference
 from lsep_kernels.cublaslt import Epilogue, Matrix, Product
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
+SHAPES = [(24, 16), (40, 16), (40,), (16, 40), (16,)]
+"""Of x, weight1, bias1, weight2 and bias2: no two lengths are the same."""
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's numpy
 
 
@@ -42,14 +44,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("emulated")
 def test_values_and_gradients() -> None:
-    """The whole operator, over all shapes that differ: 24 rows, width 16, hidden 40."""
-    tensors = [
-        random(2, 12, 16),
-        random(40, 16, seed=1),
-        random(40, seed=2),
-        random(16, 40, seed=3),
-        random(16, seed=4),
-    ]
+    """The whole operator."""
+    tensors = [random(*shape, seed=i) for i, shape in enumerate([(2, 12, 16), *SHAPES[1:]])]
     expected, found = (run(by, tensors, torch.float32) for by in (reference.mlp, mlp.mlp_cublaslt))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
@@ -57,9 +53,9 @@ def test_values_and_gradients() -> None:
 
 @pytest.mark.usefixtures("emulated")
 def test_operators_and_one_graph() -> None:
-    x, w1, b1, w2, b2 = (random(*s).requires_grad_() for s in ((8, 16), (40, 16), (40,), (16, 40), (16,)))
+    x, w1, b1, w2, b2 = (random(*s).to(DEVICE).requires_grad_() for s in SHAPES)
     torch.library.opcheck(mlp._mlp_cublaslt, (x, w1, b1, w2, b2))
-    z = random(8, 40)
+    z = random(24, 40).to(DEVICE)
     torch.library.opcheck(mlp._mlp_cublaslt_backward, (x.detach(), x.detach(), z, w1.detach(), w2.detach()))
     compiled = torch.compile(mlp.mlp_cublaslt, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, w1, b1, w2, b2), reference.mlp(x, w1, b1, w2, b2), rtol=1e-5, atol=1e-4)
@@ -125,3 +121,28 @@ def test_errors_of_the_library_are_sentences() -> None:
     made = cublaslt._description(cublaslt.forward_product(8, 16, 40))
     with pytest.raises(RuntimeError, match="cublasLtMatmulDescSetAttribute failed: an unsupported value"):
         cublaslt._set("MatmulDesc", made, cublaslt._Attribute.TRANSA, ctypes.c_int64(1))
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="cuBLASLt computes on GPUs only")
+def test_on_a_gpu() -> None:
+    """Values and gradients in bf16 at the widths of XL; and a graph replays a step with the same bits."""
+    shapes = [(2, 256, 1152), (4608, 1152), (4608,), (1152, 4608), (1152,)]
+    tensors = [random(*shape, seed=i) / (shape[-1] ** 0.5 if i in (1, 3) else 1) for i, shape in enumerate(shapes)]
+    assert_kernel_is_as_accurate(mlp.mlp_cublaslt, reference.mlp, tensors, BF16)
+    leaves = [t.to(DEVICE, BF16).requires_grad_() for t in tensors]
+
+    def step() -> list[Tensor]:
+        out = mlp.mlp_cublaslt(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, leaves[0].detach())]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = [t.clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
