@@ -193,27 +193,30 @@ def _preference() -> ctypes.c_void_p:
 
 
 @cache
-def _handle(device: torch.device) -> ctypes.c_void_p:
-    """One a device, which has to be the current one; it lives as long as the process."""
-    return _create("")
+def _resources(index: int) -> tuple[ctypes.c_void_p, Tensor]:
+    """Handle and workspace of a GPU, for as long as the process lives.
+
+    All products share the workspace: they follow each other on one stream, as those of a step do.
+    """
+    with torch.cuda.device(index):
+        return _create(""), torch.empty(WORKSPACE, dtype=torch.uint8, device=torch.device("cuda", index))
 
 
-@cache
-def _workspace(device: torch.device) -> Tensor:
-    """Shared by all products of a device: they follow each other on one stream, as those of a step do."""
-    return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+def prepare(device: torch.device) -> None:
+    """Allocate what stays allocated, so that it does not end up in the memory of a CUDA graph."""
+    _resources(torch.cuda.current_device() if device.index is None else device.index)
 
 
 class _Plan:
     """Descriptors of a product and its algorithm, the first that cuBLASLt's heuristic names: always the same."""
 
-    def __init__(self, product: Product, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, product: Product, dtype: torch.dtype, index: int) -> None:
         self.description = _description(product)
         self.layouts = [_layout(m, dtype) for m in (product.a, product.b, product.d)]
         self.heuristic, count, preference = _Heuristic(), ctypes.c_int(), _preference()
         a, b, d = self.layouts
         _call(
-            "MatmulAlgoGetHeuristic", _handle(device), self.description, a, b, d, d, preference, 1,
+            "MatmulAlgoGetHeuristic", _resources(index)[0], self.description, a, b, d, d, preference, 1,
             ctypes.byref(self.heuristic), ctypes.byref(count),
         )  # fmt: skip
         _call("MatmulPreferenceDestroy", preference)
@@ -230,12 +233,12 @@ def _multiply(product: Product, a: Tensor, b: Tensor, d: Tensor, bias: Tensor, a
     """Write `product` to d, and to aux or bias what its epilogue says, on the current stream."""
     a, b, bias, aux = (t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for t in (a, b, bias, aux))
     with torch.cuda.device(d.device), _lock:
-        plan, workspace = _plan(product, d.dtype, d.device), _workspace(d.device)
+        plan, (handle, workspace) = _plan(product, d.dtype, d.device.index), _resources(d.device.index)
         _set("MatmulDesc", plan.description, _Attribute.BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
         _set("MatmulDesc", plan.description, _Attribute.AUX_POINTER, ctypes.c_void_p(aux.data_ptr()))
         layout_a, layout_b, layout_d = plan.layouts
         _call(
-            "Matmul", _handle(d.device), plan.description, ctypes.byref(_ONE), a.data_ptr(), layout_a, b.data_ptr(),
+            "Matmul", handle, plan.description, ctypes.byref(_ONE), a.data_ptr(), layout_a, b.data_ptr(),
             layout_b, ctypes.byref(_ZERO), d.data_ptr(), layout_d, d.data_ptr(), layout_d,
             ctypes.byref(plan.heuristic.algo), workspace.data_ptr(), WORKSPACE,
             torch.cuda.current_stream(d.device).cuda_stream,

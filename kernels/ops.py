@@ -129,7 +129,7 @@ def choose(
         raise Unavailable(f"mlp is {mlp!r}, but {problem}")
     return replace(
         ops, attention_by=attention, attention=_attention(attention, device, dtype, head_dim),
-        mlp_by=mlp, mlp=_mlp(mlp),
+        mlp_by=mlp, mlp=_mlp(mlp, device),
     )  # fmt: skip
 
 
@@ -153,12 +153,15 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: in
     return {"cudnn": libraries.cudnn, "sdpa": libraries.sdpa, "reference": reference.attention}[name]
 
 
-def _mlp(name: str) -> Callable[..., Tensor]:
+def _mlp(name: str, device: torch.device) -> Callable[..., Tensor]:
     if name == "torch":
         return reference.mlp
     from lsep_kernels import mlp
 
-    return mlp.mlp_cublaslt if name == "cublaslt" else mlp.mlp
+    if name == "triton":
+        return mlp.mlp
+    cublaslt.prepare(device)
+    return mlp.mlp_cublaslt
 
 
 def _triton() -> Ops:

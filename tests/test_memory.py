@@ -81,7 +81,7 @@ def test_one_graph(policy: str) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that are called, autograd's own included."""
+    """Names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
