@@ -2,7 +2,7 @@
 
 The library torch has loaded is called through ctypes: its C interface is fixed within a major version, while a C++
 extension would need CUDA's headers, a compiler and a build for each torch. A `Product` describes a call and can be
-looked at anywhere; `_multiply` makes it. Numbers and structures are those of cublasLt.h, CUDA 13.0 (12 has the same).
+looked at anywhere; `_multiply` makes it. Numbers and structures are those of cublasLt.h in cuBLAS 12.8 and 13.10.
 
 cuBLASLt sees matrices column-major. A dense row-major tensor `(R, C)` is the column-major matrix of C rows and R
 columns with leading dimension C, the transpose. Y = X W^T of rows is therefore Y^T = W X^T there, of columns: W comes
