@@ -18,7 +18,7 @@ from bench.kernel_cases import Case, Draw
 from bench.kernel_times import Runner
 from bench.section import Context, Section, sentence
 from bench.timing import measure
-from lsep_kernels import adaln, attention, gelu_pool, probe_head
+from lsep_kernels import adaln, attention, gelu_pool, mlp, probe_head
 
 LIMIT = 100.0
 """Seconds for the section."""
@@ -61,7 +61,7 @@ def _lists(sizes: kernel_cases.Sizes, device: torch.device) -> list[Candidates]:
     """What is tried; the defaults are added where they are missing."""
     cases = {c.name.partition(" ")[0]: c for c in reversed(kernel_cases.time_cases(sizes, device))}
     gate, attend = cases["gate_residual_norm_modulate"], cases["attention"]  # of several, the first: head 72
-    gelu, probe = cases["gelu_pool"], cases["probe_head"]
+    gelu, probe, hidden = cases["gelu_pool"], cases["probe_head"], cases["gelu_backward"]
     pools = "BLOCK_T BLOCK_D num_warps"
     pool_rows = (8, 256, 4), (16, 64, 4), (16, 256, 4), (16, 256, 8), (32, 128, 4), (32, 128, 8), (16, 512, 8)
     blocks = "BLOCK_M BLOCK_N STAGES num_warps"
@@ -83,6 +83,10 @@ def _lists(sizes: kernel_cases.Sizes, device: torch.device) -> list[Candidates]:
             (32, 64, 2, 4)), attend, "backward"),
         Candidates(gelu_pool, "FORWARD", _grid(pools, *pool_rows), gelu, "forward"),
         Candidates(gelu_pool, "BACKWARD", _grid(pools, *pool_rows), gelu, "backward"),
+        Candidates(mlp, "BACKWARD", _grid(
+            "BLOCK_M BLOCK_N STAGES num_warps", (8, 256, 2, 4), (16, 128, 1, 4), (16, 128, 3, 4), (16, 256, 2, 8),
+            (32, 128, 2, 8), (32, 64, 2, 4), (8, 128, 2, 4)), hidden, "forward"),
+        Candidates(mlp, "ROWS", [64, 128, 512, 1024], hidden, "forward"),
         Candidates(probe_head, "MATMUL", _grid(
             "BLOCK_M BLOCK_N BLOCK_L num_warps num_stages", (64, 32, 64, 4, 3), (64, 32, 128, 4, 3), (64, 64, 64, 4, 3),
             (64, 64, 64, 4, 4), (128, 32, 64, 4, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)), probe, "forward"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, reference, velocity_loss
+from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, reference, velocity_loss
 
 Operation = Callable[..., Any]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,6 +143,43 @@ def attend(n: int, t: int, heads: int, head: int, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def feed_forward(n: int, t: int, d: int, dtype: torch.dtype, by: str = "triton") -> Case:
+    """`mlp` with a hidden width of 4 D, by Triton or by cuBLASLt."""
+
+    def make(draw: Draw) -> list[Tensor]:
+        return [
+            draw.normal(n, t, d, dtype=dtype), (draw.normal(4 * d, d) / d**0.5).to(dtype),
+            draw.normal(4 * d, dtype=dtype), (draw.normal(d, 4 * d) / (4 * d) ** 0.5).to(dtype),
+            draw.normal(d, dtype=dtype),
+        ]  # fmt: skip
+
+    size, product = n * t * d * dtype.itemsize, 2 * n * t * d * 4 * d
+    return Case(
+        f"mlp T={t} D={d} {by}", dtype, mlp.mlp if by == "triton" else mlp.mlp_cublaslt, reference.mlp, make, 5,
+        Work(6 * size, 2 * product), Work(7 * size, 4 * product),
+    )  # fmt: skip
+
+
+def cublaslt_cases(sizes: Sizes, device: torch.device) -> list[Case]:
+    """`mlp` by cuBLASLt, where there is a GPU."""
+    types = FLOATS[1:] if device.type == "cuda" else ()
+    return [feed_forward(sizes.batch, sizes.tokens, sizes.width, dtype, "cublaslt") for dtype in types]
+
+
+def gelu_backward(m: int, d: int, dtype: torch.dtype) -> Case:
+    """The kernel inside the backward of `mlp`: both results of GELU and the sums, from z and dh."""
+
+    def make(draw: Draw) -> list[Tensor]:
+        return [draw.normal(m, d, dtype=dtype) for _ in range(2)]
+
+    def plain(dh: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        dz = torch.ops.aten.gelu_backward(dh, z, approximate="tanh")
+        return dz, dz.sum(0), reference.gelu(z)
+
+    work = Work(4 * m * d * dtype.itemsize)
+    return Case(f"gelu_backward M={m} H={d}", dtype, mlp.gelu_backward, plain, make, 0, work)
+
+
 def pooling(n: int, t: int, d: int, dtype: torch.dtype, gelu: bool) -> Case:
     """`gelu_pool` or `pool` with windows of 7/8 of the grid's side, about the mean of those in training."""
     grid = math.isqrt(t)
@@ -245,6 +282,7 @@ def check_cases(sizes: Sizes, device: torch.device) -> list[Case]:
     cases += [norm_modulate(n, t, d, bf16, torch.float32), gate_residual(n, t, d, bf16, torch.float32)]
     cases += [pooling(n, sizes.long, sizes.widths[0], bf16, gelu) for gelu in (True, False)]
     cases += [attend(n, t, heads, head, dtype) for heads, head in sizes.heads for dtype in attention_types]
+    cases += [feed_forward(n, t, d, dtype) for dtype in FLOATS] + cublaslt_cases(sizes, device)
     cases += [probe(16 * n + 1, d, sizes.classes, dtype) for dtype in probe_types]
     side = 2 * math.isqrt(t)
     return cases + [noising(n, side, form, path) for form in reference.FORMS for path in interpolate.PATHS]
@@ -257,6 +295,7 @@ def time_cases(sizes: Sizes, device: torch.device) -> list[Case]:
     extra = max(1, round(0.8 * n))  # rows that go to the probe only
     cases = [norm_modulate(n, t, d, dtype), gate_residual(n, t, d, dtype)]
     cases += [attend(n, t, heads, head, dtype) for heads, head in sizes.heads]
+    cases += [feed_forward(n, t, d, dtype), gelu_backward(n * t, 4 * d, dtype)]
     cases += [pooling(extra, t, 4 * d, dtype, True), pooling(extra, t, d, dtype, False)]
     cases += [probe(n, d, sizes.classes, dtype), noising(n, 2 * math.isqrt(t), "moments"), loss(n, t, dtype)]
     return cases

@@ -132,7 +132,8 @@ def determinism(context: Context, section: Section) -> None:
     """Twenty runs of every operator, bit for bit."""
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
     runs = 2 if context.smoke else RUNS
-    for i, case in enumerate(kernel_cases.time_cases(sizes, context.device)):
+    cases = kernel_cases.time_cases(sizes, context.device) + kernel_cases.cublaslt_cases(sizes, context.device)
+    for i, case in enumerate(cases):
         inputs = case.make(Draw(context.device, context.seed + i))
         first = results(case.kernel, inputs, case.grads, context.seed)
         equal = 1

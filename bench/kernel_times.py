@@ -13,7 +13,7 @@ from bench import kernel_cases, optimizer
 from bench.kernel_cases import Case, Draw, Operation, Work
 from bench.section import Context, Section, sentence
 from bench.timing import Timing, measure
-from lsep_kernels import libraries
+from lsep_kernels import libraries, mlp
 
 TARGET_SHARE = 0.8
 LEAST_FLOOR = 10e-6
@@ -43,7 +43,7 @@ def kernels(context: Context, section: Section) -> None:
 
 
 def alternatives(context: Context, section: Section, case: Case) -> dict[str, Operation]:
-    """Whatever else computes the same: plain PyTorch, eager and compiled, and for attention the libraries."""
+    """Whatever else computes the same: plain PyTorch, eager and compiled, and libraries for attention and the MLP."""
     backend = "eager" if context.smoke else "inductor"
     found: dict[str, Operation] = {
         EAGER: case.reference,
@@ -52,6 +52,8 @@ def alternatives(context: Context, section: Section, case: Case) -> dict[str, Op
     if case.heads:
         for name, function in _attentions(context, section, case):
             found[name] = lambda qkv, function=function: function(qkv, case.heads)
+    if case.name.startswith("mlp ") and context.cuda:
+        found["cublaslt"] = mlp.mlp_cublaslt
     return found
 
 
@@ -152,7 +154,7 @@ def _micro(seconds: float | None) -> float | None:
 
 
 def _target(case: Case, floor: float, share: float, speedup: float, last: bool) -> tuple[str, bool | None]:
-    if case.heads:
+    if case.heads or case.name.startswith("mlp "):
         return ("faster than the best other", speedup > 1) if last else ("", None)
     if case.name.startswith("probe_head"):
         return "none: bound by launches", None

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, velocity_loss
+from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 COPY_RATE, MATRIX_RATE = 4.3e12, 790e12
@@ -163,6 +163,7 @@ def cases() -> Iterator[Case]:
             f"attention T={t} head_dim={head}", lambda a=(heads, head, t): _attention(*a),
             B * t * width * 2 * (4 + 8), B * heads * 2 * t * t * head * (2 + 5), least_arch=90,
         )  # fmt: skip
+    yield Case("mlp", _mlp, tokens * 4 * D * (4 + 8), 3 * 2 * 2 * tokens * D * 4 * D)
     extra = round(0.8 * B) * T
     yield Case("gelu_pool", lambda: _pool(4 * D, gelu_pool.gelu_pool), extra * 4 * D * (2 + 4))
     yield Case("pool", lambda: _pool(D, gelu_pool.pool), extra * D * (2 + 2))
@@ -195,6 +196,11 @@ def _adaln(d: int, gated: bool, stream: torch.dtype = torch.bfloat16) -> None:
 
 def _attention(heads: int, head: int, t: int) -> None:
     out = attention.attention(_tensor(2, t, 3 * heads * head), heads)
+    out.backward(out)
+
+
+def _mlp() -> None:
+    out = mlp.mlp(_tensor(1, 64, D), _tensor(4 * D, D), _tensor(4 * D), _tensor(D, 4 * D), _tensor(D))
     out.backward(out)
 
 

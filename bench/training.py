@@ -31,7 +31,7 @@ CLASSES = 10
 
 PLAIN: dict[str, Any] = {
     "backend.kernels": "reference", "backend.attention": "reference", "backend.optimizer": "torch",
-    "backend.modulation": "block", "train.weights": "fp32", "train.compile": "off", "train.graphs": "off",
+    "backend.mlp": "torch", "backend.modulation": "block", "train.weights": "fp32", "train.compile": "off", "train.graphs": "off",
     "train.memory": "keep",
 }  # fmt: skip
 """Every switch off."""
@@ -40,7 +40,7 @@ PLAIN: dict[str, Any] = {
 def switches(context: Context) -> dict[str, dict[str, Any]]:
     """Rows of the table: what is changed from PLAIN. In the interpreter, which has no bf16 products, but few."""
     own_optimizer = "csrc" if why_missing(context.device.type) is None else "reference"
-    kernels = {"backend.kernels": "triton", "backend.attention": "triton"}
+    kernels = {"backend.kernels": "triton", "backend.attention": "triton", "backend.mlp": "triton"}
     optimizer = {**kernels, "backend.optimizer": own_optimizer}
     rows = {"kernels": kernels, "kernels, optimizer": optimizer}
     if not context.cuda:
@@ -54,6 +54,8 @@ def switches(context: Context) -> dict[str, dict[str, Any]]:
         "... and a CUDA graph": {**joint, "train.compile": "block", "train.graphs": "on"},
         "joint, whole model compiled": {**joint, "train.compile": "model"},
         "joint, CUDA graph": {**joint, "train.graphs": "on"},
+        "joint, MLP by PyTorch": {**joint, "backend.mlp": "torch"},
+        "joint, MLP by cuBLASLt": {**joint, "backend.mlp": "cublaslt"},
         "joint, elementwise recomputed": {**joint, "train.memory": "recompute-elementwise"},
         "joint, blocks recomputed": {**joint, "train.memory": "recompute-blocks"},
     }

@@ -52,7 +52,7 @@ ROOMS = {
 _PAPER = {"probe.branch": "paper", "probe.extra_fraction": None, "probe.pool_before_fc2": False}
 _EAGER = {
     "backend.kernels": "reference", "backend.attention": "sdpa", "backend.optimizer": "torch",
-    "backend.modulation": "block", "train.compile": "off", "train.graphs": "off",
+    "backend.mlp": "torch", "backend.modulation": "block", "train.compile": "off", "train.graphs": "off",
 }  # fmt: skip
 
 

@@ -4,8 +4,8 @@
     ops = choose("auto", "auto", torch.device("cuda"), torch.bfloat16, tokens=256, head_dim=72)
     h = ops.norm_modulate(x, shift, scale)
 
-`reference` computes everything in plain PyTorch; `triton` are the kernels of this package. Attention is chosen on its
-own, since libraries compete there.
+`reference` computes everything in plain PyTorch; `triton` are the kernels of this package. Attention and the MLP are
+chosen on their own, since libraries compete there.
 """
 
 import importlib.util
@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lsep_kernels import libraries, reference
+from lsep_kernels import cublaslt, libraries, reference
 
 Kernels = Literal["auto", "triton", "reference"]
 Attention = Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"]
+Mlp = Literal["auto", "torch", "triton", "cublaslt"]
 
 
 class Unavailable(ValueError):
@@ -33,6 +34,7 @@ class Ops:
 
     kernels: str
     attention_by: str
+    mlp_by: str
     norm_modulate: Callable[..., Tensor]
     gate_residual_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[[Tensor, int], Tensor]
@@ -48,6 +50,7 @@ class Ops:
 REFERENCE = Ops(
     kernels="reference",
     attention_by="reference",
+    mlp_by="torch",
     norm_modulate=reference.norm_modulate,
     gate_residual_norm_modulate=reference.gate_residual_norm_modulate,
     attention=reference.attention,
@@ -90,13 +93,22 @@ def missing_attention(name: str, device: torch.device, dtype: torch.dtype, token
     return None
 
 
+def missing_mlp(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the MLP by `name` cannot run for this device and type; None when it can."""
+    if name == "torch":
+        return None
+    problem = cublaslt.missing(device, dtype) if name == "cublaslt" else None
+    return problem or missing_triton(device)  # a kernel computes GELU again behind cuBLASLt as well
+
+
 def choose(
-    kernels: Kernels, attention: Attention, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int
-) -> Ops:
+    kernels: Kernels, attention: Attention, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int,
+    mlp: Mlp = "auto",
+) -> Ops:  # fmt: skip
     """The implementations for activations of `dtype` on `device`; raises Unavailable for a choice that cannot run.
 
     auto: Triton on a GPU, plain PyTorch on a CPU; attention by Triton where its kernels take the shape, then cuDNN on
-    sm_90 and newer, then SDPA.
+    sm_90 and newer, then SDPA; the MLP as the other kernels.
     """
     problem = missing_triton(device)
     if kernels == "triton" and problem:
@@ -110,7 +122,15 @@ def choose(
     problem = missing_attention(attention, device, dtype, tokens, head_dim)
     if problem:
         raise Unavailable(f"attention is {attention!r}, but {problem}")
-    return replace(ops, attention_by=attention, attention=_attention(attention, device, dtype, head_dim))
+    if mlp == "auto":  # until a GPU has said which is fastest: the one that keeps least in memory
+        mlp = "triton" if ops.kernels == "triton" else "torch"
+    problem = missing_mlp(mlp, device, dtype)
+    if problem:
+        raise Unavailable(f"mlp is {mlp!r}, but {problem}")
+    return replace(
+        ops, attention_by=attention, attention=_attention(attention, device, dtype, head_dim),
+        mlp_by=mlp, mlp=_mlp(mlp, device),
+    )  # fmt: skip
 
 
 def _best_attention(kernels: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> Attention:
@@ -133,17 +153,29 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: in
     return {"cudnn": libraries.cudnn, "sdpa": libraries.sdpa, "reference": reference.attention}[name]
 
 
+def _mlp(name: str, device: torch.device) -> Callable[..., Tensor]:
+    if name == "torch":
+        return reference.mlp
+    from lsep_kernels import mlp
+
+    if name == "triton":
+        return mlp.mlp
+    cublaslt.prepare(device)
+    return mlp.mlp_cublaslt
+
+
 def _triton() -> Ops:
-    from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, velocity_loss
+    from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 
     return Ops(
         kernels="triton",
         attention_by="triton",
+        mlp_by="triton",
         norm_modulate=adaln.norm_modulate,
         gate_residual_norm_modulate=adaln.gate_residual_norm_modulate,
         attention=attention.attention,
         linear=reference.linear,
-        mlp=reference.mlp,
+        mlp=mlp.mlp,
         pool=gelu_pool.pool,
         gelu_pool=gelu_pool.gelu_pool,
         probe_head=probe_head.probe_head,

@@ -40,7 +40,9 @@ def choose(config: Config, device: torch.device) -> Backends:
     head_dim = config.model.hidden_size // config.model.num_heads
     wanted = config.backend
     try:
-        chosen = ops.choose(wanted.kernels, wanted.attention, device, dtype, config.grid**2, head_dim)
+        chosen = ops.choose(
+            wanted.kernels, wanted.attention, device, dtype, config.grid**2, head_dim, mlp=wanted.mlp
+        )  # fmt: skip
     except ops.Unavailable as error:
         raise UserError(f"--backend.{error}") from None
     problem = missing_optimizer(wanted.optimizer, device)

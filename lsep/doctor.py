@@ -63,11 +63,13 @@ def _backends(device: "torch.device") -> list[Part]:
     names = {
         "kernels": ("triton", "reference"),
         "attention": ("triton", "cudnn", "flash", "sdpa", "reference"),
+        "mlp": ("torch", "triton", "cublaslt"),
         "optimizer": ("csrc", "torch", "apex", "reference"),
     }
     auto = {
         "kernels": chosen.kernels,
         "attention": chosen.attention_by,
+        "mlp": chosen.mlp_by,
         "optimizer": backends.best_optimizer(device),
     }
     found = []
@@ -78,6 +80,8 @@ def _backends(device: "torch.device") -> list[Part]:
                 why = backends.missing_optimizer(name, device)
             elif kind == "attention":
                 why = ops.missing_attention(name, device, dtype, tokens=256, head_dim=72)
+            elif kind == "mlp":
+                why = ops.missing_mlp(name, device, dtype)
             elif name == "triton":
                 why = ops.missing_triton(device)
             state = "auto" if name == auto[kind] else "ready"

@@ -1,8 +1,8 @@
 """What a block keeps for its backward and what it computes again: `train.memory`.
 
 Counted in widths of a token, `keep` holds about 18 activations of a block, `recompute-elementwise` about 12 (results of
-matrix products; norms, gates and GELU are computed again) and `recompute-blocks` 2 (stream and input). All three give
-the same numbers.
+matrix products; norms, gates and GELU are computed again) and `recompute-blocks` 2 (stream and input). An MLP by Triton
+or cuBLASLt computes GELU again by itself: 14 are about what `keep` holds then. All three give the same numbers.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "mlp", "mlp_cublaslt"}
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the results of matrix products and of attention."""
+    """Keep the results of matrix products, of attention and of an MLP in one operator (its result and z)."""
     name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else str(operation)
     kept = name in _PRODUCTS or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -43,7 +43,7 @@ _ROOM_OF_NAME = [
         (r"velocity_loss", "losses"),
         (r"norm_pass|update_pass|adam|multi_tensor", "optimizer"),
         (r"memcpy htod", "data"),
-        (r"gelu", "MLP"),
+        (r"gelu|::mlp", "MLP"),
         (r"gemm|nvjet|cutlass|xmma|cublas|::(mm|addmm|bmm|baddbmm)$|^triton_|cpp_fused", "compiled"),
     )
 ]

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 def test_auto_on_a_cpu() -> None:
     chosen = backends.choose(resolve(tiny(), MANIFEST), CPU)
     assert (chosen.ops.kernels, chosen.ops.attention_by, chosen.optimizer) == ("reference", "sdpa", "torch")
+    assert chosen.ops.mlp_by == "torch"
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ def test_auto_on_a_cpu() -> None:
     [
         ("kernels", "triton", "--backend.kernels is 'triton', but Triton needs a GPU, and the device is cpu"),
         ("attention", "cudnn", "--backend.attention is 'cudnn', but cuDNN needs a GPU"),
+        ("mlp", "triton", "--backend.mlp is 'triton', but Triton needs a GPU, and the device is cpu"),
+        ("mlp", "cublaslt", "--backend.mlp is 'cublaslt', but cuBLASLt needs a GPU, and the device is cpu"),
         ("optimizer", "apex", "--backend.optimizer is 'apex', but apex needs a GPU"),
     ],
 )

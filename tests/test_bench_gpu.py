@@ -54,7 +54,7 @@ def test_every_section_runs_and_is_reported(tmp_path: Path) -> None:
     for name in ("correctness", "determinism"):
         checked = {row["operator"].split()[0].rstrip(",") for row in sections[name]["rows"] if row["ok"] == "yes"}
         assert checked >= {
-            "norm_modulate", "gate_residual_norm_modulate", "attention", "gelu_pool", "pool", "probe_head",
+            "norm_modulate", "gate_residual_norm_modulate", "attention", "mlp", "gelu_pool", "pool", "probe_head",
             "interpolate", "velocity_loss",
         }  # fmt: skip
     assert sections["kernels"]["rows"][0]["us"] > 0 and sections["kernels"]["rows"][0]["compiled us"] > 0

@@ -204,6 +204,7 @@ def test_a_failing_variant_is_named_and_the_others_have_a_budget(
     ("_adaln_backward_kernel", "adaLN"),
     ("aten::native_layer_norm", "adaLN"),
     ("triton_poi_fused__to_copy_addmm_gelu_0", "GELU"),
+    ("_mlp_gelu_backward_kernel", "GELU"),
     ("_token_pool_forward_kernel", "probe and loss"),
     ("aten::convert_element_type", "other"),
     ("aten::copy_", "other"),

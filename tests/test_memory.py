@@ -4,12 +4,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import MANIFEST, lively, random_batch, relative_error, tiny
+from conftest import DEVICE, MANIFEST, lively, random_batch, relative_error, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsep.checks import resolve
 from lsep.objective import Objective
 from lsep.plan import branch_plan
+from lsep_kernels import ops
 
 POLICIES = ["keep", "recompute-elementwise", "recompute-blocks"]
 
@@ -76,3 +78,34 @@ def _bytes_behind(node: object, known: set[int]) -> int:
 def test_one_graph(policy: str) -> None:
     for found, expected in zip(step(policy, compiled=True)[0], step("keep")[0], strict=True):
         assert relative_error(found, expected) < 1e-5
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("policy", "calls"), [("keep", 2), ("recompute-elementwise", 2), ("recompute-blocks", 4)])
+def test_an_mlp_in_one_operator(policy: str, calls: int) -> None:
+    """Two blocks of three call it; the same bits, and no matrix product twice but where blocks are."""
+    pytest.importorskip("triton")
+    chosen = ops.choose("reference", "sdpa", DEVICE, torch.float32, 16, 16, mlp="triton")
+    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b))
+    step, epoch = (torch.tensor(i, device=DEVICE) for i in (3, 0))
+    found = []
+    for name in ("keep", policy):
+        config = resolve(tiny(train__memory=name), MANIFEST)
+        objective = lively(Objective(config, MANIFEST, chosen)).to(DEVICE)
+        with Calls() as seen:
+            losses = objective(batch, branch_plan(config), step, epoch)
+            losses.total.backward()
+        found.append([losses.total, *(p.grad for p in objective.parameters() if p.grad is not None)])
+    assert seen.names.count("mlp") == calls and seen.names.count("mlp_backward") == 2
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -274,8 +274,8 @@ def test_every_kernel_name_has_its_room() -> None:
     source = "\n".join(p.read_text() for p in (root / "kernels").glob("*.py"))
     names = set(re.findall(r"def (_\w+_kernel)\(", source)) | {"norm_pass", "update_pass"}
     rooms = {
-        "adaln": "adaLN", "attention": "attention", "probe": "probe", "token": "probe", "interpolate": "interpolant",
-        "velocity": "losses", "norm": "optimizer", "update": "optimizer",
+        "adaln": "adaLN", "attention": "attention", "mlp": "MLP", "probe": "probe", "token": "probe",
+        "interpolate": "interpolant", "velocity": "losses", "norm": "optimizer", "update": "optimizer",
     }  # fmt: skip
     assert len(names) > 12
     for name in names:

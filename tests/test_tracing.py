@@ -20,7 +20,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from triton.runtime import driver
 from bench.resources import CompileOnly
-from lsep_kernels import adaln, attention, gelu_pool, interpolate, probe_head, velocity_loss
+from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 
 driver.set_active(CompileOnly(90))
 graphs = []
@@ -66,6 +66,10 @@ found = {
     "attention": graphs_of(lambda x: attention.attention(x, 2), (2, 64, 3 * 144)),
     "gelu_pool": graphs_of(lambda x: gelu_pool.gelu_pool(x, window), (2, 64, 64)),
     "pool": graphs_of(lambda x: gelu_pool.pool(x, window), (2, 64, 64)),
+    "mlp": graphs_of(mlp.mlp, (2, 64, 64), (256, 64), (256,), (64, 256), (64,)),
+    "mlp, weights in float32": graphs_of(
+        lambda x, *weights: mlp.mlp(x.bfloat16(), *weights),
+        (2, 64, 64), (256, 64), (256,), (64, 256), (64,), dtype=torch.float32),
     "probe_head": graphs_of(
         lambda x, a, b, w, c: probe_head.probe_head(x, a, b, w, c, labels, weights, 0.1, torch.bfloat16),
         (4, 64), (64,), (64,), (10, 64), (10,), dtype=torch.float32),
@@ -77,6 +81,7 @@ print(found)
 assert found == {
     "norm_modulate": [1, 1], "gate_residual_norm_modulate": [1, 1], "attention": [1, 2], "gelu_pool": [1, 1],
     "pool": [1, 1], "probe_head": [6, 0], "velocity_loss": [1, 1], "interpolate": [1],
+    "mlp": [1, 1], "mlp, weights in float32": [1, 1],
 }
 """
 
