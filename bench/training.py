@@ -30,9 +30,9 @@ WINDOW = 20
 CLASSES = 10
 
 PLAIN: dict[str, Any] = {
-    "backend.kernels": "reference", "backend.attention": "reference", "backend.optimizer": "torch",
-    "backend.mlp": "torch", "backend.modulation": "block", "train.weights": "fp32", "train.compile": "off", "train.graphs": "off",
-    "train.memory": "keep",
+    "backend.kernels": "reference", "backend.attention": "reference", "backend.mlp": "torch",
+    "backend.modulation": "block", "backend.optimizer": "torch", "train.weights": "fp32", "train.compile": "off",
+    "train.graphs": "off", "train.memory": "keep",
 }  # fmt: skip
 """Every switch off."""
 

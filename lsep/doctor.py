@@ -64,13 +64,16 @@ def _backends(device: "torch.device") -> list[Part]:
         "kernels": ("triton", "reference"),
         "attention": ("triton", "cudnn", "flash", "sdpa", "reference"),
         "mlp": ("torch", "triton", "cublaslt"),
+        "modulation": ("joint", "block"),
         "optimizer": ("csrc", "torch", "apex", "reference"),
     }
+    optimizer = backends.best_optimizer(device)
     auto = {
         "kernels": chosen.kernels,
         "attention": chosen.attention_by,
         "mlp": chosen.mlp_by,
-        "optimizer": backends.best_optimizer(device),
+        "modulation": "joint" if device.type == "cuda" and optimizer in backends.ON_DEVICE else "block",
+        "optimizer": optimizer,
     }
     found = []
     for kind, choices in names.items():
