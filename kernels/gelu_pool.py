@@ -26,10 +26,16 @@ _CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def _gate(x):
+def gelu_gate(x):
     """GELU_tanh(x) / x = (1 + tanh(u)) / 2 = sigmoid(2 u): nothing cancels, nothing overflows into a NaN."""
     u = x + _CUBIC * x * x * x
     return 1 / (1 + tl.exp(u * (0 - _STEEP)))  # Triton 3.9 interprets neither tl.sigmoid nor a minus sign
+
+
+@triton.jit
+def gelu_slope(x, gate):
+    """The derivative of GELU_tanh at x, whose `gelu_gate` is `gate`."""
+    return gate + x * gate * (1 - gate) * _STEEP * (1 + 3 * _CUBIC * x * x)
 
 
 @triton.jit
@@ -46,7 +52,7 @@ def _token_pool_forward_kernel(
         mask = (weights != 0)[:, None] & (cols < D)[None, :]
         x = tl.load(x_ptr + (n * T + rows)[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if GELU:
-            x = x * _gate(x)
+            x = x * gelu_gate(x)
         total += weights[:, None] * x
     tl.store(out_ptr + n * D + cols, tl.sum(total, 0), mask=cols < D)
 
@@ -65,8 +71,7 @@ def _token_pool_backward_kernel(
     grad = tl.load(dout_ptr + n * D + cols, mask=cols < D, other=0.0)[None, :] * weights[:, None]
     if GELU:
         x = tl.load(x_ptr + place, mask=inside & (weights != 0)[:, None], other=0.0).to(tl.float32)
-        gate = _gate(x)
-        grad *= gate + x * gate * (1 - gate) * _STEEP * (1 + 3 * _CUBIC * x * x)
+        grad *= gelu_slope(x, gelu_gate(x))
     tl.store(dx_ptr + place, grad.to(dx_ptr.dtype.element_ty), mask=inside)
 
 

@@ -61,7 +61,8 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = choose("auto", "auto", hopper, BF16, 256, 72)
     assert (chosen.kernels, chosen.attention_by) == ("triton", "triton")
     for f in fields(ops.Ops)[2:]:
-        assert getattr(chosen, f.name) is not getattr(REFERENCE, f.name), f.name
+        ours = f.name not in ("linear", "mlp")  # cuBLAS computes those, unless in fp8
+        assert (getattr(chosen, f.name) is not getattr(REFERENCE, f.name)) == ours, f.name
     assert choose("auto", "auto", hopper, BF16, 1024, 72).attention_by == "cudnn"
     assert choose("reference", "auto", hopper, BF16, 256, 72).attention_by == "cudnn"
     ampere = pretend(monkeypatch, (8, 0))
