@@ -32,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, velocity_loss
+from lsep_kernels import adaln, attention, fp8, gelu_pool, interpolate, mlp, probe_head, velocity_loss
+from lsep_kernels.reference import plain
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 COPY_RATE, MATRIX_RATE = 4.3e12, 790e12
@@ -172,6 +173,16 @@ def cases() -> Iterator[Case]:
     yield Case(
         "probe_head float32", lambda: _probe(classes, torch.float32), 4 * 2 * (2 * classes * D + 2 * B * D), half=False
     )  # fmt: skip
+    for gated, moved in ((False, 4 + 1 + 6), (True, 8 + 1 + 12)):
+        name = f"{'gate_residual_' if gated else ''}norm_modulate with fp8"
+        yield Case(name, lambda gated=gated: _adaln(D, gated, quantize=True), tokens * D * moved, least_arch=90)
+    for d in (D, 384):
+        # Beside the operands: outputs twice in bf16, once to fp8, and weights; products at the rate of bf16.
+        weights = 4 * d * d
+        yield Case(
+            f"fp8 mlp D={d}", lambda d=d: _fp8(d), tokens * d * (3 + 4 * (2 + 2 + 1) + 2 + 3 + 4 * (2 + 4 + 5) + 4),
+            6 * 2 * tokens * weights, half=False, least_arch=90,
+        )  # fmt: skip
     latent = 4 * 32 * 32
     for form in ("moments", "samples", "pixels"):
         size = {"moments": 2 * 4, "samples": 4, "pixels": 1}[form]
@@ -183,14 +194,15 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, requires_grad=dtype.is_floating_point)
 
 
-def _adaln(d: int, gated: bool, stream: torch.dtype = torch.bfloat16) -> None:
+def _adaln(d: int, gated: bool, stream: torch.dtype = torch.bfloat16, quantize: bool = False) -> None:
     x, y = _tensor(2, T, d, dtype=stream), _tensor(2, T, d)
     _, _, gate, shift, scale, _ = _tensor(2, 6 * d).chunk(6, -1)
     if gated:
-        total, h = adaln.gate_residual_norm_modulate(x, gate, y, shift, scale)
+        total, h = adaln.gate_residual_norm_modulate(x, gate, y, shift, scale, quantize=quantize)
+        h = plain(h)
         torch.autograd.backward([total, h], [total, h])
     else:
-        h = adaln.norm_modulate(x, shift, scale)
+        h = plain(adaln.norm_modulate(x, shift, scale, quantize=quantize))
         h.backward(h)
 
 
@@ -207,6 +219,14 @@ def _mlp() -> None:
 def _pool(d: int, function: Callable[..., torch.Tensor]) -> None:
     out = function(_tensor(2, T, d), torch.zeros(2, T))
     out.backward(out)
+
+
+def _fp8(d: int) -> None:
+    weights = [_tensor(4 * d, d), _tensor(4 * d), _tensor(d, 4 * d), _tensor(d)]
+    for weight in (torch.bfloat16, torch.float32):
+        x = _tensor(2, T, d)
+        out = fp8.mlp(fp8.linear(x, _tensor(d, d), _tensor(d)), *(w.to(weight) for w in weights))
+        out.backward(out)
 
 
 def _probe(classes: int, dtype: torch.dtype = torch.bfloat16) -> None:

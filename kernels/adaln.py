@@ -4,6 +4,7 @@
     gate_residual_norm_modulate(x, gate, y, shift, scale)    x' = x + gate y;  h = LN(x') (1 + scale) + shift
 
 Both read each activation once and write each result once: 4 and 8 bytes an element forward in bf16, 6 and 12 backward.
+With `quantize` they write h in fp8 besides, for the matrix product that follows (`fp8`): one byte more.
 The modulation's gradients are sums over tokens; each program sums its tokens in float32 in a fixed order and the few
 partial sums of a sample are added afterwards, so that nothing of full size is written and the result is the same bit
 for bit in every run (no atomics).
@@ -18,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lsep_kernels.fp8 import empty_quantized, store_quantized
 from lsep_kernels.operator import check, dense_rows, launch, operator, power_of_2
+from lsep_kernels.reference import E4M3, Activation, Quantized
 
 FORWARD = {"ROWS": 4, "num_warps": 8}
 BACKWARD = {"ROWS": 1, "STAGES": 2, "num_warps": 8}
@@ -28,9 +31,9 @@ TOKENS = 32
 
 @triton.jit
 def _adaln_forward_kernel(
-    x_ptr, gate_ptr, y_ptr, shift_ptr, scale_ptr, sum_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_ptr, gate_ptr, y_ptr, shift_ptr, scale_ptr, sum_ptr, h_ptr, mean_ptr, rstd_ptr, fp8_ptr, fp8_scale_ptr,
     T, D, gate_stride, shift_stride, scale_stride, eps,
-    GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATED: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -52,7 +55,11 @@ def _adaln_forward_kernel(
     scale = tl.load(scale_ptr + n * scale_stride + cols, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + n * shift_stride + cols, mask=inside, other=0.0).to(tl.float32)
     h = centred * rstd[:, None] * (1 + scale[None, :]) + shift[None, :]
-    tl.store(h_ptr + place, h.to(h_ptr.dtype.element_ty), mask=mask)
+    h = h.to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + place, h, mask=mask)
+    if QUANTIZE:
+        h = tl.where(mask, h.to(tl.float32), 0.0)
+        store_quantized(h, place, mask, rows, inside_row, fp8_ptr, fp8_scale_ptr)
     tl.store(mean_ptr + rows, mean, mask=inside_row)
     tl.store(rstd_ptr + rows, rstd, mask=inside_row)
 
@@ -107,20 +114,21 @@ def _adaln_backward_kernel(
 
 
 def _run_forward(
-    x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(x + gate y, h, mean, rstd)`; the first is empty without a gate."""
+    x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor, scale: Tensor, eps: float, quantize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(x + gate y, h, mean, rstd, fp8, its scale)`; the first without a gate, the last two unquantized are empty."""
     n, t, d = x.shape
     total = torch.empty_like(x) if gate is not None else x.new_empty(0)
     h = torch.empty(x.shape, dtype=shift.dtype, device=x.device)
     mean, rstd = (torch.empty(n, t, dtype=torch.float32, device=x.device) for _ in range(2))
+    fp8, fp8_scale = empty_quantized(*x.shape, device=x.device) if quantize else (x.new_empty(0), x.new_empty(0))
     launch(
         _adaln_forward_kernel, (triton.cdiv(t, FORWARD["ROWS"]), n),
         x, x if gate is None else gate, x if y is None else y, shift, scale, total, h, mean, rstd,
-        t, d, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps,
-        GATED=gate is not None, BLOCK_D=power_of_2(d), **FORWARD,
+        fp8, fp8_scale, t, d, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps,
+        GATED=gate is not None, QUANTIZE=quantize, BLOCK_D=power_of_2(d), **FORWARD,
     )  # fmt: skip
-    return total, h, mean, rstd
+    return total, h, mean, rstd, fp8.to(E4M3) if quantize else fp8, fp8_scale
 
 
 def _run_backward(
@@ -145,8 +153,10 @@ def _run_backward(
 
 
 @operator("norm_modulate")
-def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_forward(x, None, None, shift, scale, eps)[1:]
+def _norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, quantize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run_forward(x, None, None, shift, scale, eps, quantize)[1:]
 
 
 @operator("norm_modulate_backward")
@@ -157,9 +167,9 @@ def _norm_modulate_backward(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, 
 
 @operator("gate_residual_norm_modulate")
 def _gate_residual_norm_modulate(
-    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run_forward(x, gate, y, shift, scale, eps)
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, quantize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run_forward(x, gate, y, shift, scale, eps, quantize)
 
 
 @operator("gate_residual_norm_modulate_backward")
@@ -170,8 +180,8 @@ def _gate_residual_norm_modulate_backward(
 
 
 @_norm_modulate.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return torch.empty_like(x, dtype=shift.dtype), *_fake_statistics(x)
+def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float, quantize: bool) -> tuple[Tensor, ...]:
+    return torch.empty_like(x, dtype=shift.dtype), *_fake_statistics(x), *_fake_quantized(x, quantize)
 
 
 @_norm_modulate_backward.register_fake
@@ -180,8 +190,11 @@ def _(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple
 
 
 @_gate_residual_norm_modulate.register_fake
-def _(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=shift.dtype), *_fake_statistics(x)
+def _(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, quantize: bool
+) -> tuple[Tensor, ...]:
+    h = torch.empty_like(x, dtype=shift.dtype)
+    return torch.empty_like(x), h, *_fake_statistics(x), *_fake_quantized(x, quantize)
 
 
 @_gate_residual_norm_modulate_backward.register_fake
@@ -196,19 +209,26 @@ def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
+def _fake_quantized(x: Tensor, quantize: bool) -> tuple[Tensor, Tensor]:
+    if not quantize:
+        return x.new_empty(0), x.new_empty(0)
+    return torch.empty_like(x, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, scale, _ = inputs
-    ctx.save_for_backward(x, scale, *output[1:])
+    x, _, scale, _, _ = inputs
+    ctx.set_materialize_grads(False)  # the fp8 form has no gradient: no zeros for it
+    ctx.save_for_backward(x, scale, *output[1:3])
 
 
 def _norm_gradients(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, sums = _norm_modulate_backward(dh.contiguous(), *ctx.saved_tensors)
-    return dx, sums[0], sums[1], None
+    return dx, sums[0], sums[1], None, None
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gate, y, _, scale, _ = inputs
-    total, _, mean, rstd = output
+    _, gate, y, _, scale, _, _ = inputs
+    total, _, mean, rstd, _, _ = output
     ctx.set_materialize_grads(False)  # nothing reads the stream after the last block: no zeros for its gradient
     ctx.save_for_backward(total, gate, y, scale, mean, rstd)
 
@@ -221,26 +241,30 @@ def _gated_gradients(ctx: Any, dsum: Tensor | None, dh: Tensor | None, *_: None)
     dx, dy, sums = _gate_residual_norm_modulate_backward(
         dsum, dh.contiguous(), total, gate, y, scale, mean, rstd
     )  # fmt: skip
-    return dx, sums[2], dy, sums[0], sums[1], None
+    return dx, sums[2], dy, sums[0], sums[1], None, None
 
 
 _norm_modulate.register_autograd(_norm_gradients, setup_context=_save_norm)
 _gate_residual_norm_modulate.register_autograd(_gated_gradients, setup_context=_save_gated)
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, quantize: bool = False) -> Activation:
     """`LN(x) (1 + scale) + shift`, see `reference.norm_modulate`; x `(N, T, D)`, shift and scale `(N, D)`."""
     n, _, d = x.shape
     check("norm_modulate", (n, d), shift=shift, scale=scale)
-    return _norm_modulate(x.contiguous(), dense_rows(shift), dense_rows(scale), eps)[0]
+    h, _, _, *fp8 = _norm_modulate(x.contiguous(), dense_rows(shift), dense_rows(scale), eps, quantize)
+    return Quantized(h, *fp8) if quantize else h
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, quantize: bool = False
+) -> tuple[Tensor, Activation]:
     """`x + gate y` and its `norm_modulate`, see `reference.gate_residual_norm_modulate`."""
     n, _, d = x.shape
     check("gate_residual_norm_modulate", (n, d), gate=gate, shift=shift, scale=scale)
     check("gate_residual_norm_modulate", tuple(x.shape), y=y)
     gate, shift, scale = (dense_rows(m) for m in (gate, shift, scale))
-    return _gate_residual_norm_modulate(x.contiguous(), gate, y.contiguous(), shift, scale, eps)[:2]
+    total, h, _, _, *fp8 = _gate_residual_norm_modulate(
+        x.contiguous(), gate, y.contiguous(), shift, scale, eps, quantize
+    )  # fmt: skip
+    return total, Quantized(h, *fp8) if quantize else h

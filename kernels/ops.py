@@ -5,19 +5,21 @@
     h = ops.norm_modulate(x, shift, scale)
 
 `reference` computes everything in plain PyTorch; `triton` are the kernels of this package. Attention and the MLP are
-chosen on their own, since libraries compete there.
+chosen on their own, since libraries compete there. `in_fp8` turns a choice into one whose matrix products run in fp8.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lsep_kernels import cublaslt, libraries, reference
+from lsep_kernels.reference import Activation
 
 Kernels = Literal["auto", "triton", "reference"]
 Attention = Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"]
@@ -35,8 +37,8 @@ class Ops:
     kernels: str
     attention_by: str
     mlp_by: str
-    norm_modulate: Callable[..., Tensor]
-    gate_residual_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
+    norm_modulate: Callable[..., Activation]
+    gate_residual_norm_modulate: Callable[..., tuple[Tensor, Activation]]
     attention: Callable[[Tensor, int], Tensor]
     linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
@@ -131,6 +133,32 @@ def choose(
         ops, attention_by=attention, attention=_attention(attention, device, dtype, head_dim),
         mlp_by=mlp, mlp=_mlp(mlp, device),
     )  # fmt: skip
+
+
+def missing_fp8(kernels: str, device: torch.device) -> str | None:
+    """Why the matrix products cannot run in fp8 beside `kernels`, as chosen, on `device`; None when they can."""
+    if kernels != "triton":
+        return f"kernels is {kernels!r}, expected 'triton', which writes the operands"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        # Where torch._scaled_mm takes a scale for each row.
+        if capability != (8, 9) and capability[0] not in (9, 10):
+            return f"compute capability {capability[0]}.{capability[1]}, expected 8.9, 9.x or 10.x"
+    return None
+
+
+def in_fp8(ops: Ops) -> Ops:
+    """`ops` with the matrix products of a block in fp8, for bf16 activations; the norms hand on a `Quantized`."""
+    from lsep_kernels import adaln, fp8
+
+    return replace(
+        ops,
+        norm_modulate=partial(adaln.norm_modulate, quantize=True),
+        gate_residual_norm_modulate=partial(adaln.gate_residual_norm_modulate, quantize=True),
+        linear=fp8.linear,
+        mlp=fp8.mlp,
+        mlp_by="fp8",
+    )
 
 
 def _best_attention(kernels: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> Attention:

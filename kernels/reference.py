@@ -8,6 +8,7 @@ Imports torch only.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,36 @@ def velocity_loss(patches: Tensor, v: Tensor, patch: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer block
+
+E4M3 = torch.float8_e4m3fn
+_LARGEST = 448.0  # of e4m3
+
+
+class Quantized(NamedTuple):
+    """An activation with its fp8 form: `value` about `fp8 * scale`, and gradients are those of `value`."""
+
+    value: Tensor
+    """`(..., K)`."""
+    fp8: Tensor
+    """`(..., K)` e4m3."""
+    scale: Tensor
+    """`(..., 1)` float32: one for each row."""
+
+
+Activation = Tensor | Quantized
+
+
+def plain(x: Activation) -> Tensor:
+    """The activation itself, whether or not it comes with an fp8 form."""
+    return x.value if isinstance(x, Quantized) else x
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(fp8, scale)`, see `Quantized`: each row's largest entry becomes 448, a NaN or an infinity makes its row NaN."""
+    x = x.float()
+    # 2^-100: a row of zeros has a scale, and its inverse is finite.
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100) / _LARGEST
+    return (x * scale.reciprocal()).to(E4M3), scale
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:

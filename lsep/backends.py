@@ -48,6 +48,11 @@ def choose(config: Config, device: torch.device) -> Backends:
     problem = missing_optimizer(wanted.optimizer, device)
     if problem:
         raise UserError(f"--backend.optimizer is {wanted.optimizer!r}, but {problem}")
+    if config.train.fp8:
+        problem = missing_fp8(config, chosen, device)
+        if problem:
+            raise UserError(f"--train.fp8 is True, but {problem}")
+        chosen = ops.in_fp8(chosen)
     optimizer = wanted.optimizer if wanted.optimizer != "auto" else best_optimizer(device)
     copies = _bf16_weights(config, optimizer)
     if wanted.modulation == "joint" and not copies:
@@ -56,6 +61,19 @@ def choose(config: Config, device: torch.device) -> Backends:
     return Backends(
         chosen, optimizer, copies, joint, _compile(config.train.compile, device), _graphs(config, optimizer, device)
     )
+
+
+def missing_fp8(config: Config, chosen: ops.Ops, device: torch.device) -> str | None:
+    """Why the matrix products of `config` cannot run in fp8 on `device`; None when they can."""
+    hidden = int(config.model.hidden_size * config.model.mlp_ratio)
+    for name, width in (("model.hidden_size", config.model.hidden_size), ("the MLP's hidden width", hidden)):
+        if width % 16:
+            return f"{name} is {width}, expected a multiple of 16"
+    if config.train.precision != "bf16":
+        return f"--train.precision is {config.train.precision!r}, expected 'bf16'"
+    if config.backend.mlp != "auto":
+        return f"--backend.mlp is {config.backend.mlp!r}, expected 'auto': fp8 has an MLP of its own"
+    return ops.missing_fp8(chosen.kernels, device)
 
 
 def _bf16_weights(config: Config, optimizer: str) -> bool:

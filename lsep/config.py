@@ -166,6 +166,8 @@ class TrainConfig:
     """What bf16 matmuls read: copies the optimizer writes, or fp32 weights cast at each use; auto: copies if it can."""
     fp32_residual: bool = False
     """Keep the residual stream in float32 under bf16 autocast."""
+    fp8: bool = False
+    """The four matrix products of each block in fp8, but for weight gradients; needs bf16 and a GPU with fp8."""
     memory: Literal["keep", "recompute-elementwise", "recompute-blocks"] = "keep"
     """What a step keeps for its backward; norms and GELU, or whole blocks, can be computed again to save memory."""
     compile: Literal["auto", "off", "block", "model"] = "auto"
@@ -337,8 +339,8 @@ def from_dict(values: Any, source: str) -> Config:
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
     "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
-    "train.weights", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
-    "train.sample_every", "train.overhead_rounds", "train.wandb",
+    "train.weights", "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last",
+    "train.keep_every", "train.sample_every", "train.overhead_rounds", "train.wandb",
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def parts() -> list[Part]:
 
 
 def _backends(device: "torch.device") -> list[Part]:
-    """Every choice of `--backend`, for SiT-XL/2 at 256 px, and which `auto` takes on this machine."""
+    """Every choice of `--backend` and fp8, for SiT-XL/2 at 256 px, and which `auto` takes on this machine."""
     import torch
 
     from lsep import backends
@@ -89,6 +89,8 @@ def _backends(device: "torch.device") -> list[Part]:
                 why = ops.missing_triton(device)
             state = "auto" if name == auto[kind] else "ready"
             found.append(Part(f"{kind} {name}", None if why else state, why or f"--backend.{kind} {name}"))
+    why = ops.missing_fp8(chosen.kernels, device)
+    found.append(Part("fp8", None if why else "ready", why or "--train.fp8"))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "mlp", "mlp_cublaslt"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "mlp", "mlp_cublaslt", "fp8_linear", "fp8_mlp"}
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

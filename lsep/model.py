@@ -17,7 +17,7 @@ from lsep.config import Config
 from lsep.ranges import span
 from lsep_kernels.joint_linear import join, joint_linear
 from lsep_kernels.ops import REFERENCE, Ops
-from lsep_kernels.reference import gate_residual, gelu, unpatchify
+from lsep_kernels.reference import Activation, gate_residual, gelu, plain, unpatchify
 
 
 class PatchEmbed(nn.Module):
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Tensor:
         qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -88,10 +88,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Tensor:
         return self.ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
-    def first(self, x: Tensor) -> Tensor:
+    def first(self, x: Activation) -> Tensor:
         return self.ops.linear(x, self.fc1.weight, self.fc1.bias)
 
     def second(self, hidden: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
     Its parts meet in one operation, gate + residual + LayerNorm + modulation, and so do two blocks: a block takes the
     residual stream x `(N, T, D)` with its own modulated input h, and hands on the stream with the next norm's output,
-    whose shift and scale come as `following`.
+    whose shift and scale come as `following`. What `ops` hands on as h may carry its fp8 form.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, ops: Ops) -> None:
@@ -128,14 +128,16 @@ class Block(nn.Module):
         """From the conditioning c `(N, D)`."""
         return Modulation(*self.adaLN_modulation(c).chunk(6, dim=-1))
 
-    def forward(self, x: Tensor, h: Tensor, m: Modulation, following: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, h: Activation, m: Modulation, following: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Activation]:
         x, h = self._attend(x, h, m)
         with span("MLP"):
             branch = self.mlp(h)
         with span("adaLN"):
             return self.ops.gate_residual_norm_modulate(x, m.gate2, branch, *following)
 
-    def _attend(self, x: Tensor, h: Tensor, m: Modulation) -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor, h: Activation, m: Modulation) -> tuple[Tensor, Activation]:
         """The first half: the stream after attention, and the input of the MLP."""
         with span("attention"):
             branch = self.attn(h)
@@ -145,12 +147,12 @@ class Block(nn.Module):
     def forward_probed(
         self,
         x: Tensor,
-        h: Tensor,
+        h: Activation,
         m: Modulation,
         following: tuple[Tensor, Tensor],
         window: Tensor,
         pool_before_fc2: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Activation, Tensor]:
         """As `forward`, but the last `len(window)` rows leave here, pooled before `fc2`.
 
         `fc2` is linear and its gate constant over tokens, and the window's weights sum to 1, so
@@ -192,8 +194,8 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return shift, scale
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.linear(h)
+    def forward(self, h: Activation) -> Tensor:
+        return self.linear(plain(h))
 
 
 class SiT(nn.Module):

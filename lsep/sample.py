@@ -161,7 +161,8 @@ def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Si
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{run.checkpoints}: {wanted}, found: {have}")
     # What a run was trained with need not be here; to sample, whatever runs will do.
-    chosen = backends.choose(replace(config, backend=BackendConfig()), torch.device(device))
+    anywhere = replace(config, backend=BackendConfig(), train=replace(config.train, fp8=False))
+    chosen = backends.choose(anywhere, torch.device(device))
     objective = Objective(config, manifest, chosen.ops)
     checkpoint.load_weights(path / "ema.safetensors", objective)
     return objective.model.to(device).eval(), config, manifest, int(path.name)

@@ -68,10 +68,10 @@ def test_repeats_bit_for_bit() -> None:
 def test_operators() -> None:
     x, y, m = (a.to(DEVICE).requires_grad_() for a in inputs(2, 4, 32))
     shift, scale, gate = m.chunk(6, -1)[:3]
-    torch.library.opcheck(adaln._norm_modulate, (x, shift, scale, 1e-6))
-    torch.library.opcheck(adaln._gate_residual_norm_modulate, (x, gate, y, shift, scale, 1e-6))
+    torch.library.opcheck(adaln._norm_modulate, (x, shift, scale, 1e-6, False))
+    torch.library.opcheck(adaln._gate_residual_norm_modulate, (x, gate, y, shift, scale, 1e-6, False))
     with torch.no_grad():
-        total, h, mean, rstd = adaln._gate_residual_norm_modulate(x, gate, y, shift, scale, 1e-6)
+        total, h, mean, rstd, *_ = adaln._gate_residual_norm_modulate(x, gate, y, shift, scale, 1e-6, False)
         torch.library.opcheck(adaln._norm_modulate_backward, (h, total, scale, mean, rstd))
         args = (total, h, total, gate, y, scale, mean, rstd)
         torch.library.opcheck(adaln._gate_residual_norm_modulate_backward, args)

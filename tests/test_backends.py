@@ -1,7 +1,9 @@
 """The one place where implementations are chosen, and the trainer over the Triton kernels."""
 
 import os
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,43 @@ def test_missing_backends_end_in_one_sentence(
     monkeypatch.delitem(os.environ, "TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=message):
         backends.choose(resolve(tiny(**{f"backend__{flag}": value}), MANIFEST), CPU)
+
+
+FP8 = {"train__fp8": True, "train__precision": "bf16", "backend__kernels": "triton"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "message"),
+    [
+        ({"train__precision": "fp32"}, (9, 0), "--train.precision is 'fp32', expected 'bf16'"),
+        ({"backend__kernels": "reference"}, (9, 0), "kernels is 'reference', expected 'triton', which writes the"),
+        ({"model__hidden_size": 24}, (9, 0), "model.hidden_size is 24, expected a multiple of 16"),
+        ({"model__mlp_ratio": 2.25}, (9, 0), "the MLP's hidden width is 72, expected a multiple of 16"),
+        ({}, (8, 0), "compute capability 8.0, expected 8.9, 9.x or 10.x"),
+        ({}, (12, 0), "compute capability 12.0, expected 8.9, 9.x or 10.x"),
+    ],
+)
+def test_fp8_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, changes: dict, capability: tuple[int, int], message: str
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    config = resolve(tiny(**FP8 | {"backend__attention": "sdpa", "backend__optimizer": "torch"} | changes), MANIFEST)
+    with pytest.raises(UserError, match=re.escape(f"--train.fp8 is True, but {message}")):
+        backends.choose(config, torch.device("cuda"))
+
+
+def test_fp8_replaces_the_products_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from lsep_kernels import fp8
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    common = FP8 | {"backend__attention": "sdpa", "backend__optimizer": "torch"}
+    chosen = backends.choose(resolve(tiny(**common), MANIFEST), torch.device("cuda")).ops
+    assert (chosen.linear, chosen.mlp) == (fp8.linear, fp8.mlp)
+    plain = backends.choose(resolve(tiny(**common | {"train__fp8": False}), MANIFEST), torch.device("cuda")).ops
+    changed = {f.name for f in fields(ops.Ops) if getattr(chosen, f.name) != getattr(plain, f.name)}
+    assert changed == {"norm_modulate", "gate_residual_norm_modulate", "linear", "mlp"}
 
 
 APEX = """

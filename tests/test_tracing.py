@@ -20,7 +20,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from triton.runtime import driver
 from bench.resources import CompileOnly
-from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, velocity_loss
+from lsep_kernels import adaln, attention, fp8, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 
 driver.set_active(CompileOnly(90))
 graphs = []
@@ -63,6 +63,10 @@ found = {
     "gate_residual_norm_modulate": graphs_of(
         lambda x, y, m: adaln.gate_residual_norm_modulate(x, m.chunk(3, -1)[0], y, *m.chunk(3, -1)[1:]),
         (2, 64, 64), (2, 64, 64), (2, 192)),
+    "norm_modulate, fp8": graphs_of(
+        lambda x, m: adaln.norm_modulate(x, *m.chunk(2, -1), quantize=True)[0], (2, 64, 64), (2, 128)),
+    "fp8 linear": graphs_of(fp8.linear, (2, 64, 64), (32, 64), (32,)),
+    "fp8 mlp": graphs_of(fp8.mlp, (2, 64, 64), (128, 64), (128,), (64, 128), (64,)),
     "attention": graphs_of(lambda x: attention.attention(x, 2), (2, 64, 3 * 144)),
     "gelu_pool": graphs_of(lambda x: gelu_pool.gelu_pool(x, window), (2, 64, 64)),
     "pool": graphs_of(lambda x: gelu_pool.pool(x, window), (2, 64, 64)),
@@ -79,7 +83,8 @@ found = {
 }
 print(found)
 assert found == {
-    "norm_modulate": [1, 1], "gate_residual_norm_modulate": [1, 1], "attention": [1, 2], "gelu_pool": [1, 1],
+    "norm_modulate": [1, 1], "gate_residual_norm_modulate": [1, 1], "norm_modulate, fp8": [1, 1],
+    "fp8 linear": [2, 2], "fp8 mlp": [4, 4], "attention": [1, 2], "gelu_pool": [1, 1],
     "pool": [1, 1], "probe_head": [6, 0], "velocity_loss": [1, 1], "interpolate": [1],
     "mlp": [1, 1], "mlp, weights in float32": [1, 1],
 }
