@@ -79,7 +79,7 @@ def test_fp8_replaces_the_products_of_a_block(monkeypatch: pytest.MonkeyPatch) -
     assert (chosen.linear, chosen.mlp) == (fp8.linear, fp8.mlp)
     plain = backends.choose(resolve(tiny(**common | {"train__fp8": False}), MANIFEST), torch.device("cuda")).ops
     changed = {f.name for f in fields(ops.Ops) if getattr(chosen, f.name) != getattr(plain, f.name)}
-    assert changed == {"norm_modulate", "gate_residual_norm_modulate", "linear", "mlp"}
+    assert changed == {"norm_modulate", "gate_residual_norm_modulate", "linear", "mlp", "mlp_by"}
 
 
 APEX = """
