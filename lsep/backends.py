@@ -34,8 +34,9 @@ class Backends(NamedTuple):
     """A step is a CUDA graph."""
 
 
-def choose(config: Config, device: torch.device) -> Backends:
+def choose(config: Config, device: torch.device, processes: int = 1) -> Backends:
     """The implementations of a training run with a resolved `config`; raises UserError for one that cannot run."""
+    sharded = processes > 1 and config.dist.mode != "ddp"
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     head_dim = config.model.hidden_size // config.model.num_heads
     wanted = config.backend
@@ -54,12 +55,17 @@ def choose(config: Config, device: torch.device) -> Backends:
             raise UserError(f"--train.fp8 is True, but {problem}")
         chosen = ops.in_fp8(chosen)
     optimizer = wanted.optimizer if wanted.optimizer != "auto" else best_optimizer(device)
-    copies = _bf16_weights(config, optimizer)
+    copies = not sharded and _bf16_weights(config, optimizer)  # fsdp gathers its shards in bf16 by itself
     if wanted.modulation == "joint" and not copies:
         raise UserError("--backend.modulation is 'joint', but the weights are float32, expected --train.weights bf16")
     joint = copies and wanted.modulation != "block"
     return Backends(
-        chosen, optimizer, copies, joint, _compile(config.train.compile, device), _graphs(config, optimizer, device)
+        chosen,
+        optimizer,
+        copies,
+        joint,
+        _compile(config, device, sharded),
+        _graphs(config, optimizer, device, processes),
     )
 
 
@@ -89,18 +95,25 @@ def _bf16_weights(config: Config, optimizer: str) -> bool:
     return problem is None and config.train.weights != "fp32"
 
 
-def _compile(wanted: str, device: torch.device) -> str:
-    problem = missing_compiler(device)
+def _compile(config: Config, device: torch.device, sharded: bool) -> str:
+    wanted, problem = config.train.compile, missing_compiler(device)
     if wanted == "auto":
-        return "block" if device.type == "cuda" and problem is None else "off"
+        return "block" if device.type == "cuda" and problem is None and not sharded else "off"
+    if wanted != "off" and sharded:
+        raise UserError(
+            f"--train.compile is {wanted!r}, but --dist.mode is {config.dist.mode!r}, whose gathering of weights is no "
+            "part of one graph: expected 'off' or 'auto', or --dist.mode ddp"
+        )
     if wanted != "off" and problem:
         raise UserError(f"--train.compile is {wanted!r}, but on {device.type} it needs {problem}")
     return wanted
 
 
-def _graphs(config: Config, optimizer: str, device: torch.device) -> bool:
+def _graphs(config: Config, optimizer: str, device: torch.device, processes: int) -> bool:
     problem = None
-    if device.type != "cuda":
+    if processes > 1:
+        problem = f"there are {processes} processes, and a graph holds one GPU's work without its exchange with others"
+    elif device.type != "cuda":
         problem = f"a CUDA graph needs a GPU, and the device is {device.type}"
     elif optimizer not in ON_DEVICE:
         problem = f"the optimizer is {optimizer!r}, expected 'csrc' or 'reference', whose rates are on the device"

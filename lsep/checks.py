@@ -13,7 +13,7 @@ from lsep.errors import UserError
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
     "probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps train.batch_size train.log_every "
-    "train.checkpoint_every sample.steps sample.num sample.batch_size"
+    "train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size"
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
@@ -21,7 +21,7 @@ _AT_LEAST_ZERO = (
 ).split()
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()
-_ABOVE_ZERO = "model.mlp_ratio interpolant.time_std optim.eps optim.clip".split()
+_ABOVE_ZERO = "model.mlp_ratio interpolant.time_std optim.eps optim.clip dist.timeout".split()
 
 
 def _require(ok: bool, message: str) -> None:
@@ -58,6 +58,7 @@ def check(config: Config) -> None:
         train.batch_size % config.optim.accumulate == 0,
         f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
     )
+    _require(train.spike_factor > 1, f"--train.spike-factor is {train.spike_factor}, expected above 1")
     _require(train.seed < 2**63, f"--train.seed is {train.seed}, expected below 2^63")
     _require(
         config.sample.guidance_low <= config.sample.guidance_high,

@@ -173,7 +173,14 @@ class TrainConfig:
     compile: Literal["auto", "off", "block", "model"] = "auto"
     """torch.compile of each block (one code for all of a shape) or of the whole objective; auto: block on a GPU."""
     graphs: Literal["auto", "on", "off"] = "auto"
-    """The whole step as one CUDA graph; auto is on where the optimizer keeps to the device (csrc, reference)."""
+    """The whole step as one CUDA graph; auto is on for one process whose optimizer is on the GPU (csrc, reference)."""
+    max_skipped: int = 10
+    """Steps in a row without a finite gradient, each skipped, after which a run ends with a diagnosis."""
+    on_spike: Literal["off", "warn", "rollback"] = "warn"
+    """When a window's loss is spike_factor times the median of the last 20: say so, or go back to the last checkpoint
+    and leave out the data since."""
+    spike_factor: float = 2.0
+    """How far a loss must jump to be a spike."""
     overhead_rounds: int = 5
     """Pairs of steps, with and without the probe, that measure LSEP's cost once a run is done; 0 leaves it out."""
     wandb: str | None = None
@@ -194,6 +201,20 @@ class BackendConfig:
     """A block's MLP; triton and cublaslt compute GELU again in the backward; auto is triton where the kernels are."""
     optimizer: Literal["auto", "csrc", "torch", "apex", "reference"] = "auto"
     """Clipping, AdamW and EMA; auto is csrc on a GPU where it is built, otherwise torch."""
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """Many processes, started by torchrun; the global batch and the losses are those of one."""
+
+    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: all weights on every GPU; fsdp: shards of weights, EMA and optimizer; hsdp: shards within replicas."""
+    replicate: int | None = None
+    """Replicas of hsdp; None is one a node."""
+    reduce: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type in which gradients are averaged; auto is that of the weights the model runs on."""
+    timeout: float = 600.0
+    """Seconds a process waits for the others before the run ends with the name of the one that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +248,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     @property
@@ -341,13 +363,17 @@ FREE_ON_RESUME = {
     "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
     "train.weights", "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last",
     "train.keep_every", "train.sample_every", "train.overhead_rounds", "train.wandb",
+    "train.max_skipped", "train.on_spike", "train.spike_factor",
 }  # fmt: skip
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
     free = FREE_ON_RESUME | {f"sample.{f.name}" for f in fields(SampleConfig)}
-    free |= {f"backend.{f.name}" for f in fields(BackendConfig)}  # the same function, in another rounding
+    # The same function, in another rounding.
+    free |= {
+        f"{s}.{f.name}" for s, section in (("backend", BackendConfig), ("dist", DistConfig)) for f in fields(section)
+    }
     if new.optim.schedule == "constant":
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
     before, after = flat(old), flat(new)

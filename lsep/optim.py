@@ -12,10 +12,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lsep.config import OptimConfig
+from lsep.dist import World
 from lsep.errors import UserError
 from lsep.objective import Objective
+from lsep.parallel import like, local, total_norm
 from lsep_kernels import reference
 from lsep_kernels.adamw_ema import AdamwEma
 
@@ -43,7 +46,7 @@ class Optimizer(Protocol):
 
 
 def build_optimizer(
-    objective: Objective, ema: nn.Module, config: OptimConfig, by: str, copies: Objective | None = None
+    objective: Objective, ema: nn.Module, config: OptimConfig, by: str, world: World, copies: Objective | None = None
 ) -> Optimizer:
     """The implementation `by` over the backbone (group 0) and the probe's classifier (group 1, `probe_lr`).
 
@@ -51,9 +54,9 @@ def build_optimizer(
     `reference` only); without one `objective` has them.
     """
     if by in ("csrc", "reference"):
-        return OneOperation(objective, ema, config, by, copies)
+        return OneOperation(objective, ema, config, by, world, copies)
     assert copies is None
-    return LibraryOptimizer(objective, ema, config, by)
+    return LibraryOptimizer(objective, ema, config, by, world)
 
 
 def bf16_copies(objective: Objective) -> Objective:
@@ -83,16 +86,41 @@ def _is_probe(name: str) -> bool:
     return name.startswith("classifier.")
 
 
+def _parts(named: Named) -> Named:
+    """The parameters as this process holds them: themselves, or their shards as parameters in the same memory."""
+    return {n: nn.Parameter(local(p.detach())) if isinstance(p, DTensor) else p for n, p in named.items()}
+
+
+def _take_gradients(wholes: Named, parts: Named) -> list[Tensor]:
+    """Hand the gradients of `wholes` to the `parts` that this process holds; those there are."""
+    for name, part in parts.items():
+        whole = wholes[name]
+        if part is not whole:
+            part.grad = None if whole.grad is None else local(whole.grad)
+            whole.grad = None
+    return [p.grad for p in parts.values() if p.grad is not None]
+
+
+def _clip_shards(grads: list[Tensor], limit: float, world: World) -> Tensor:
+    """Clip shards of gradients by their norm over all processes, which is returned; where it is not finite, to NaN."""
+    norm = total_norm(grads, world)
+    factor = torch.where(torch.isfinite(norm), (limit / (norm + 1e-6)).clamp(max=1.0), torch.nan)
+    if grads:
+        torch._foreach_mul_(grads, factor)
+    return norm
+
+
 class LibraryOptimizer:
     """torch's fused AdamW or apex's FusedAdam, between clipping and the EMA."""
 
-    def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
-        self.config, self.by, self.named = config, by, _named(objective)
-        self.averages: list[Tensor] = list(ema.parameters())
-        self.params: list[Tensor] = list(self.named.values())
+    def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str, world: World) -> None:
+        self.config, self.by, self.world, self.named = config, by, world, _named(objective)
+        self.averages = [local(p.detach()) for p in ema.parameters()]
+        self.parts = _parts(self.named)
+        self.params: list[Tensor] = list(self.parts.values())
         groups = []
         for probe, rate in ((False, config.lr), (True, config.probe_lr)):
-            params = [p for n, p in self.named.items() if _is_probe(n) == probe]
+            params = [p for n, p in self.parts.items() if _is_probe(n) == probe]
             if params:
                 groups.append({"params": params, "base_lr": rate})
         settings: dict[str, Any] = {
@@ -112,7 +140,11 @@ class LibraryOptimizer:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
+        grads = _take_gradients(self.named, self.parts)
+        if self.world.mesh is None:
+            norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
+        else:
+            norm = _clip_shards(grads, self.config.clip, self.world)
         finite = torch.isfinite(norm)
         if self.by == "torch":  # its kernel leaves weights and state alone where this is 1, without a host sync
             self.optimizer.found_inf = (~finite).to(torch.float32)
@@ -128,19 +160,19 @@ class LibraryOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         out = {}
-        for name, p in self.named.items():
+        for name, p in self.parts.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                out[f"{key}.{name}"] = value
+                out[f"{key}.{name}"] = value if key == "step" else like(value, self.named[name])
         if self.by == "apex":  # it counts once a group
             for group in self.optimizer.param_groups:
-                for name, p in self.named.items():
+                for name, p in self.parts.items():
                     if "step" in group and any(p is q for q in group["params"]) and f"exp_avg.{name}" in out:
                         out[f"step.{name}"] = torch.tensor(float(group["step"]))
         return out
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, p, state in _states(self.named, tensors):
-            step = state.pop("step")
+        for name, state in _states(self.named, tensors):
+            step, p = state.pop("step"), self.parts[name]
             if self.by == "torch":
                 self.optimizer.state[p] = {"step": step.to(p.device), **state}
                 continue
@@ -152,14 +184,21 @@ class OneOperation:
     """Clipping, AdamW and EMA of all tensors together: csrc's two launches, or the same in plain PyTorch."""
 
     def __init__(
-        self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str, copies: Objective | None
+        self,
+        objective: Objective,
+        ema: nn.Module,
+        config: OptimConfig,
+        by: str,
+        world: World,
+        copies: Objective | None,
     ) -> None:
-        self.named = _named(objective)
-        params: list[Tensor] = list(self.named.values())
+        self.world, self.clip, self.named = world, config.clip, _named(objective)
+        self.parts = _parts(self.named)
+        params: list[Tensor] = [p.detach() for p in self.parts.values()]
         self.copies: list[Tensor] | None = None if copies is None else list(copies.parameters())
-        self.learning = _named(objective if copies is None else copies)
+        self.learning = self.parts if copies is None else _named(copies)
         """The parameters that have the gradients."""
-        averages: list[Tensor] = list(ema.parameters())
+        averages = [local(p.detach()) for p in ema.parameters()]
         device = params[0].device
         first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
         self.moments = first, second
@@ -171,7 +210,8 @@ class OneOperation:
         group = [int(_is_probe(name)) for name in self.named]
         settings: dict[str, Any] = {
             "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": [config.weight_decay] * 2,
-            "max_norm": config.clip, "ema_decays": [config.ema_decay],
+            # Of shards the norm is known to all processes together only: they are clipped before.
+            "max_norm": config.clip if world.mesh is None else math.inf, "ema_decays": [config.ema_decay],
         }  # fmt: skip
         if by == "csrc":
             fused = AdamwEma(params, first, second, [averages], self.copies, group, **settings)
@@ -190,25 +230,33 @@ class OneOperation:
     def set_rate(self, factor: float) -> None:
         torch.mul(self.base_lr, factor, out=self.lr)
 
+    @torch.no_grad()
     def step(self) -> Tensor:
+        if self.world.mesh is not None:
+            clipped = _clip_shards(_take_gradients(self.named, self.parts), self.clip, self.world)
         self.updated |= {name for name, p in self.learning.items() if p.grad is not None}
         norm = self.update([p.grad for p in self.learning.values()], self.lr)
         for p in self.learning.values():
             p.grad = None
-        return norm
+        return norm if self.world.mesh is None else clipped
 
     def tensors(self) -> dict[str, Tensor]:
         steps = self.step_count.to(torch.float32)
         out: dict[str, Tensor] = {}
         for name, first, second in zip(self.named, *self.moments, strict=True):
             if name in self.updated:
-                out |= {f"step.{name}": steps.clone(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
+                whole = self.named[name]
+                out |= {
+                    f"step.{name}": steps.clone(),
+                    f"exp_avg.{name}": like(first, whole),
+                    f"exp_avg_sq.{name}": like(second, whole),
+                }
         return out
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         places = {name: i for i, name in enumerate(self.named)}
         steps = 0
-        for name, _, state in _states(self.named, tensors):
+        for name, state in _states(self.named, tensors):
             self.updated.add(name)
             steps = max(steps, int(state["step"]))
             for key, moments in zip(("exp_avg", "exp_avg_sq"), self.moments, strict=True):
@@ -219,8 +267,8 @@ class OneOperation:
                 torch._foreach_copy_(self.copies, list(self.named.values()))
 
 
-def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
-    """Name, parameter and state of every parameter that `tensors` has one for, on its device."""
+def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and state of every parameter that `tensors` has one for: this process's part of it, on its device."""
     keys = ("step", "exp_avg", "exp_avg_sq")
     unknown = tensors.keys() - {f"{key}.{name}" for key in keys for name in named}
     if unknown:
@@ -235,4 +283,4 @@ def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.
             wanted = () if key == "step" else tuple(p.shape)
             if tuple(state[key].shape) != wanted:
                 raise UserError(f"{key}.{name} is {tuple(state[key].shape)}, expected {wanted}")
-        yield name, p, {key: value.to(p.device) for key, value in state.items()}
+        yield name, {key: local(value).to(p.device) for key, value in state.items()}

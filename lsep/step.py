@@ -6,14 +6,13 @@ The step itself is a function of tensors alone, without a host sync, and so a CU
 """
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsep import backends
 from lsep.checks import check, resolve
@@ -22,11 +21,13 @@ from lsep.data import order
 from lsep.data.loader import Batch, Loader, open_source
 from lsep.data.manifest import Source
 from lsep.data.reader import Sequence
+from lsep.dist import World
 from lsep.errors import UserError
 from lsep.graphs import Graphs
 from lsep.metrics import require_wandb
 from lsep.objective import Losses, Objective
 from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
+from lsep.parallel import OneProcess, Parallel, Replicas, Shards, shard
 from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
 
@@ -37,7 +38,7 @@ class State:
 
     config: Config
     source: Source
-    device: torch.device
+    world: World
     objective: Objective
     learning: Objective
     """What has the gradients: `objective`, or its copy in bf16."""
@@ -52,6 +53,12 @@ class State:
     at_epoch: Tensor
     """Its epoch, likewise."""
     steps_per_epoch: int
+    offset: int = 0
+    """Steps whose data was left out after spikes: step n trains on the batch of step n + offset."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -63,20 +70,25 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def setup(config: Config) -> State:
-    """Open the data, resolve and check the configuration, build modules and optimizer."""
+def setup(config: Config, world: World | None = None) -> State:
+    """Open the data, resolve and check the configuration, build modules and optimizer, spread them over `world`."""
     check(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process, expected 1")
+    world = world or World(pick_device(config.train.device))
+    device = world.device
+    shards = config.optim.accumulate * world.size
+    if config.train.batch_size % shards:
+        raise UserError(
+            f"--train.batch-size {config.train.batch_size} is not divisible by {world.size} processes times "
+            f"--optim.accumulate {config.optim.accumulate}"
+        )
     if config.train.wandb:
         require_wandb()
-    device = pick_device(config.train.device)
     source = open_source(config.data)
     config = resolve(config, source.manifest)
     if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
         precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
         config = replace(config, train=replace(config.train, precision=precision))
-    chosen = backends.choose(config, device)
+    chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
     objective.to(device)
@@ -85,17 +97,17 @@ def setup(config: Config) -> State:
     learning = copies or objective
     if chosen.joint_modulation:
         learning.model.join_modulations()
-    optimizer = build_optimizer(objective, ema, config.optim, chosen.optimizer, copies)
-    at_step, at_epoch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-    shards = config.optim.accumulate
-    plans = {probe: [branch_plan(config, i, shards, probe) for i in range(shards)] for probe in (False, True)}
     bf16 = config.train.precision == "bf16"
-    forward = _compiled(learning, chosen.compile)
-    compute = partial(compute_step, forward, optimizer, plans, at_step, at_epoch, bf16)
+    parallel = _spread(config, world, learning, ema, _compiled(learning, chosen.compile))
+    optimizer = build_optimizer(objective, ema, config.optim, chosen.optimizer, world, copies)
+    at_step, at_epoch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+    own = range(world.rank * config.optim.accumulate, (world.rank + 1) * config.optim.accumulate)
+    plans = {probe: [branch_plan(config, i, shards, probe) for i in own] for probe in (False, True)}
+    compute = partial(compute_step, parallel, optimizer, plans, at_step, at_epoch, bf16)
     return State(
         config=config,
         source=source,
-        device=device,
+        world=world,
         objective=objective,
         learning=learning,
         ema=ema,
@@ -115,11 +127,32 @@ def _compiled(objective: Objective, what: str) -> Callable[..., Losses]:
     return torch.compile(objective, fullgraph=True, dynamic=False) if what == "model" else objective
 
 
+def _spread(
+    config: Config, world: World, learning: Objective, ema: Objective, forward: Callable[..., Losses]
+) -> Parallel:
+    """`forward` over the processes of `world`; for fsdp the weights of `learning` and `ema` become shards."""
+    if world.size == 1:
+        return OneProcess(forward)
+    bf16 = config.train.precision == "bf16"
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if world.mesh is not None:
+        compute = torch.bfloat16 if bf16 and config.train.weights != "fp32" else None
+        reduce = types.get(config.dist.reduce, compute or torch.float32)
+        for module in (learning, ema):
+            shard(module, world, compute, reduce)
+        return Shards(learning, forward)
+    reduce = types.get(config.dist.reduce, next(learning.parameters()).dtype)
+    whole = forward if isinstance(forward, nn.Module) else learning
+    return Replicas(whole, learning.classifier, world, reduce)
+
+
 def open_loader(state: State, first: int, last: int) -> Loader:
-    """The batches of steps `first` to `last - 1` (counted from 0)."""
-    train, data = state.config.train, state.config.data
-    accumulate, skip = state.config.optim.accumulate, data.on_corrupt == "skip"
-    sequence = Sequence(state.source, train.seed, train.batch_size, accumulate, first, last, skip)
+    """This process's batches of steps `first` to `last - 1` (counted from 0)."""
+    train, data, world = state.config.train, state.config.data, state.world
+    sequence = Sequence(
+        state.source, train.seed, train.batch_size, state.config.optim.accumulate, first + state.offset,
+        last + state.offset, data.on_corrupt == "skip", world.rank, world.size,
+    )  # fmt: skip
     return Loader(sequence, data, state.device)
 
 
@@ -133,13 +166,13 @@ def train_step(state: State, step: int, batches: list[Batch], probe: bool | None
         probe = config.probe.enabled and (config.probe.end_step is None or step < config.probe.end_step)
     # Filled on the device: a tensor made from a host value would wait for the copy.
     state.at_step.fill_(step)
-    state.at_epoch.fill_(step // state.steps_per_epoch)
+    state.at_epoch.fill_((step + state.offset) // state.steps_per_epoch)
     state.optimizer.set_rate(rate_factor(step, config.optim, config.train.steps))
     return state.compute(probe, batches)
 
 
 def compute_step(
-    forward: Callable[..., Losses],
+    parallel: Parallel,
     optimizer: Optimizer,
     plans: dict[bool, list[BranchPlan]],
     at_step: Tensor,
@@ -150,18 +183,21 @@ def compute_step(
 ) -> Tensor:
     """Losses, gradients and update; the host decides nothing in here but by its arguments.
 
-    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, 0) on the device, see `Losses`; for a
-    step that was skipped, because its gradient is not finite, zeros and a 1.
+    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, 0) on the device, see `Losses`, of
+    this process's samples, and the norm of all; for a step that was skipped, because its gradient is not finite, zeros
+    and a 1.
     """
     statistics = []
-    for plan, batch in zip(plans[probe], batches, strict=True):
-        with span("forward"), torch.autocast(at_step.device.type, torch.bfloat16, enabled=bf16):
-            losses = forward(batch, plan, at_step, at_epoch)
-        with span("backward"):
-            (losses.total / len(batches)).backward()
+    for i, (plan, batch) in enumerate(zip(plans[probe], batches, strict=True), 1):
+        with parallel.micro_batch(last=i == len(batches)):
+            with span("forward"), torch.autocast(at_step.device.type, torch.bfloat16, enabled=bf16):
+                losses = parallel.forward(batch, plan, at_step, at_epoch)
+            with span("backward"):
+                (losses.total / len(batches)).backward()
         means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
         statistics.append(torch.cat([means, losses.hits.flatten()]))
     with span("optimizer"):
+        parallel.finish()
         norm = optimizer.step()
     total = torch.stack(statistics).sum(0)
     finite = torch.isfinite(norm)

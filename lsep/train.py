@@ -22,6 +22,7 @@ from torch import Tensor
 from lsep import checkpoint, overhead
 from lsep.config import Config
 from lsep.data.loader import Batch
+from lsep.dist import launched
 from lsep.errors import UserError
 from lsep.metrics import Logger
 from lsep.objective import TIME_BINS
@@ -41,6 +42,8 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
     """
     from lsep import report
 
+    if launched() > 1:
+        raise UserError(f"WORLD_SIZE is {launched()}: this version trains in one process, expected 1")
     run = Run(run_dir)
     if resume and checkpoint.latest(run.checkpoints) is None:
         raise UserError(f"--resume: no checkpoint in {run.checkpoints}")

@@ -42,6 +42,9 @@ class Sequence:
     last: int
     skip: bool = False
     """Replace damaged rows instead of raising."""
+    rank: int = 0
+    """Which of `size` processes reads; each has `accumulate` shards of the global batch."""
+    size: int = 1
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.accumulate
@@ -49,14 +52,15 @@ class Sequence:
     @property
     def rows(self) -> int:
         """Rows of a micro-batch."""
-        return self.batch_size // self.accumulate
+        return self.batch_size // (self.accumulate * self.size)
 
     def ids(self, i: int) -> tuple[Ids, int]:
         """Ids of micro-batch `i`, and its epoch."""
-        step, shard = divmod(i, self.accumulate)
+        step, part = divmod(i, self.accumulate)
+        shard, shards = self.rank * self.accumulate + part, self.size * self.accumulate
         rows, step = self.source.manifest.rows, step + self.first
         epoch = step // order.steps_per_epoch(rows, self.batch_size)
-        return order.batch_ids(step, rows, self.batch_size, self.seed, shard, self.accumulate), epoch
+        return order.batch_ids(step, rows, self.batch_size, self.seed, shard, shards), epoch
 
     def flips(self, ids: Ids, epoch: int) -> Flips | None:
         """Which ids are mirrored in this epoch, or None where the set has no mirror images."""

@@ -1,0 +1,232 @@
+"""Many processes as one run: joining the group, averages, agreement, and who is to blame when one hangs.
+
+`torchrun` starts the processes and names them in the environment; PyTorch's process groups do the rest. Every process
+has its shard of the global batch, so that losses, gradients and weights are those of one process but for rounding.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lsep.config import Config, DistConfig
+from lsep.errors import UserError
+
+EXIT_HUNG = 3
+"""Exit code of a process that gave up on another."""
+_PULSE = 1.0
+"""Seconds between two signs of life."""
+_GRACE = 30.0
+"""Seconds beyond the collectives' own timeout after which a process gives up by itself."""
+_LOST = ("Timed out", "timed out", "timeout", "Connection closed", "Connection reset", "Broken pipe", "NCCL")
+"""Words in the errors of gloo and NCCL when another process is late or gone."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    """(replicate, shard) of `hsdp`, (shard,) of `fsdp`; None for one process and for `ddp`."""
+    host: "dist.ProcessGroup | None" = None
+    """A gloo group for what the hosts say to one another."""
+    watch: "Watch | None" = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean of `tensor` over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def from_main(self, value: Any) -> Any:
+        """`value` of the first process, on all."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(self.host)
+
+    def at(self, place: str) -> None:
+        """Tell the others where this process is, for the message about one that hangs."""
+        if self.watch is not None:
+            self.watch.at(place)
+
+
+def launched() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def world(config: Config, device: torch.device) -> Iterator[World]:
+    """Join the other processes of the run, if there are any, and leave them at the end.
+
+    A caller that has joined them already stays joined.
+    """
+    size, settings = launched(), config.dist
+    if size == 1:
+        if settings.mode == "hsdp":
+            raise UserError("--dist.mode is 'hsdp', but this is the only process: start it with torchrun")
+        yield World(device)
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = device.type == "cuda"
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK is {local}, but this machine has {torch.cuda.device_count()} GPUs: expected at most one "
+                "process a GPU (torchrun --nproc-per-node)"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    replicas = _replicas(settings, size)
+    timeout = timedelta(seconds=settings.timeout)
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    mesh = None
+    if settings.mode == "fsdp":
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    elif settings.mode == "hsdp":
+        mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    watch = Watch(rank(), size, settings.timeout)
+    host = dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        yield World(device, rank(), size, mesh, host, watch)
+    except RuntimeError as error:  # what a collective raises when its peers are late or gone
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        raise UserError(f"rank {rank()}: {watch.explain()} ({_first_line(error)})") from error
+    watch.stop()
+    if not joined:
+        dist.destroy_process_group()  # not after an error: the others may never answer
+
+
+def _replicas(settings: DistConfig, size: int) -> int:
+    """Groups of `hsdp` that hold all weights each."""
+    if settings.mode != "hsdp":
+        if settings.replicate is not None:
+            raise UserError(f"--dist.replicate is for --dist.mode hsdp, and the mode is {settings.mode!r}")
+        return 1
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    replicas = settings.replicate or size // per_node
+    if replicas < 1 or size % replicas:
+        raise UserError(f"--dist.replicate is {replicas}, expected a divisor of the {size} processes")
+    return replicas
+
+
+class Agreement:
+    """Whether any process has asked to stop: all learn it at the same step, one after it was asked, without waiting."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.flag = torch.zeros((), dtype=torch.int64)
+        self.work: dist.Work | None = None
+
+    def __call__(self, asked: bool) -> bool:
+        """To be called once a step by every process."""
+        if self.world.size == 1:
+            return asked
+        agreed = self.close()
+        if not agreed:
+            self.flag.fill_(int(asked))
+            self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.world.host, async_op=True)
+        return agreed
+
+    def close(self) -> bool:
+        """Wait for the exchange under way, if there is one; its outcome."""
+        if self.work is None:
+            return False
+        self.work.wait()
+        self.work = None
+        return bool(self.flag)
+
+
+class Watch:
+    """Says which process does not answer, when a collective ends in an error or a process stands still.
+
+    A thread of every process writes into the store they share where it is and since when; a stopped process stops
+    writing. The collectives' timeout ends the wait where PyTorch can; the thread does, a little later, where it cannot.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.store = dist.distributed_c10d._get_default_store()
+        self.place, self.since = "start", time.time()
+        self.stopped = threading.Event()
+        self.write()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
+
+    def at(self, place: str) -> None:
+        """This process is at `place` from now on."""
+        self.place, self.since = place, time.time()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def write(self) -> None:
+        self.store.set(f"lsep/{self.rank}", json.dumps([self.place, self.since, time.time()]))
+
+    def _run(self) -> None:
+        while not self.stopped.wait(_PULSE):
+            try:
+                self.write()
+            except RuntimeError:  # the store is gone: the run is ending
+                return
+            if time.time() - self.since > self.timeout + _GRACE:
+                print(f"lsep: rank {self.rank}: {self.explain()}", file=sys.stderr, flush=True)
+                os._exit(EXIT_HUNG)
+
+    def explain(self) -> str:
+        """One sentence on the processes that do not answer, and where they were last."""
+        time.sleep(3 * _PULSE)  # a process that has just died has just been heard
+        now = time.time()
+        silent, there = [], {}
+        for rank in range(self.size):
+            try:
+                place, since, heard = json.loads(self.store.get(f"lsep/{rank}"))
+            except (RuntimeError, ValueError):
+                return "the process that holds the store (rank 0) is gone"
+            there[rank] = (place, since)
+            if now - heard > 3 * _PULSE:
+                silent.append(f"rank {rank} has not been heard of for {now - heard:.0f} s, it was last at {place}")
+        mine = f"waited {now - self.since:.0f} s at {self.place}"
+        if silent:
+            return f"{mine}: {'; '.join(silent)}"
+        others = [f"rank {rank} is at {place}" for rank, (place, _) in there.items() if place != self.place]
+        return f"{mine}: all processes answer, {'; '.join(others) or 'all of them are there'}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
