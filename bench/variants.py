@@ -23,6 +23,7 @@ from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
 from lsep.model import SiT
 from lsep.train import open_loader, setup, train_step
+from lsep_kernels import ops
 from lsep_kernels.reference import gate_residual
 
 # depth 10 and probe 3: by FLOPs LSEP costs 21 % here, as much as for SiT-XL/2.
@@ -37,12 +38,13 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Presets for machines without a GPU."""
-VARIANTS = ("plain", "authors", "paper", "shared-0.8", "shared-0.2", "shared-0")
+VARIANTS = ("plain", "authors", "paper", "shared-0.8", "shared-0.2", "shared-0", "fp8")
+"""`fp8` is shared-0.8 with the matrix products of its blocks in fp8, where the GPU has it."""
 ROOMS = {
     "attention": r"attention|flash|fmha|sdpa",
     "optimizer": r"adam|multi_tensor|foreach|norm_pass|update_pass|lerp|linalg_vector_norm",
     "probe and loss": r"token_pool|probe_|velocity_loss|interpolate|softmax|nll_loss|cross_entropy",
-    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|triton_tem|mm(backward\d*)?$|conv(?!ert)",
+    "matrix products": r"quantize_[rc]|gemm|cutlass|nvjet|xmma|cublas|triton_tem|mm(backward\d*)?$|conv(?!ert)",
     "adaLN": r"adaln|layer_?norm",
     "GELU": r"gelu",
 }
@@ -173,6 +175,8 @@ def variant(name: str, base: Config, compiled: bool) -> Config:
         values |= _PAPER | _EAGER | {"train.compile": False}
     elif name == "paper":
         values |= _PAPER
+    elif name == "fp8":
+        values |= {"probe.branch": "shared", "probe.extra_fraction": 0.8, "train.fp8": True}
     else:
         kind, _, share = name.partition("-")
         try:
@@ -183,6 +187,15 @@ def variant(name: str, base: Config, compiled: bool) -> Config:
             known = ", ".join(VARIANTS)
             raise UserError(f"variant {name!r} is unknown, expected some of {known} (or another shared-E)")
     return override(base, values)
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why the variant `name` cannot run on `device`; None when it can."""
+    if name != "fp8":
+        return None
+    if device.type != "cuda":
+        return f"fp8 needs a GPU, and the device is {device.type}"
+    return ops.missing_fp8("triton", device) or ops.missing_triton(device)
 
 
 def with_data(config: Config, folder: Path) -> Config:
