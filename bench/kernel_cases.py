@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, reference, velocity_loss
+from lsep_kernels import adaln, attention, fp8, gelu_pool, interpolate, mlp, ops, probe_head, reference, velocity_loss
 
 Operation = Callable[..., Any]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -199,6 +199,54 @@ def pooling(n: int, t: int, d: int, dtype: torch.dtype, gelu: bool) -> Case:
     )  # fmt: skip
 
 
+def product(n: int, t: int, d: int, name: str) -> Case:
+    """fp8 `linear` from d to 3 d, as `attn.qkv`, or `mlp`, beside bf16; entries of fp8 are off by up to 2^-4."""
+    sizes = [(3 * d, d), (3 * d,)] if name == "linear" else [(4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+
+    def make(draw: Draw) -> list[Tensor]:
+        bf16 = torch.bfloat16
+        return [draw.normal(n, t, d, dtype=bf16), *((0.05 * draw.normal(*s)).to(bf16) for s in sizes)]
+
+    m = n * t
+    size, weights = m * d, sum(math.prod(s) for s in sizes)
+    flops = 2 * m * weights
+    wide = sizes[0][0] + (d if name == "mlp" else 0)  # what the products write
+    # Forward wholly at the rate of fp8, twice that of bf16; backward half of it.
+    return Case(
+        f"fp8 {name} T={t} D={d}", torch.bfloat16, getattr(fp8, name), getattr(reference, name), make, 1 + len(sizes),
+        Work(2 * (size + m * wide), flops / 2), Work(2 * (2 * size + m * wide), 1.5 * flops), floor=0.125,
+    )  # fmt: skip
+
+
+def quantizing(n: int, t: int, d: int) -> Case:
+    """`gate_residual_norm_modulate` that writes fp8 as well, its result read back from there."""
+
+    def make(draw: Draw) -> list[Tensor]:
+        gate, shift, scale = _modulation(draw, n, d, torch.bfloat16, 3)
+        x, y = (draw.normal(n, t, d, dtype=torch.bfloat16) for _ in range(2))
+        return [x, gate, y, shift, scale]
+
+    def kernel(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, h = adaln.gate_residual_norm_modulate(*inputs, quantize=True)
+        assert isinstance(h, reference.Quantized)
+        return total, h.value, (h.fp8.float() * h.scale).detach().to(torch.bfloat16)
+
+    def plain(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, h = reference.gate_residual_norm_modulate(*inputs)
+        return total, h, h.detach()
+
+    size = 2 * n * t * d
+    return Case(
+        f"gate_residual_norm_modulate with fp8 T={t} D={d}", torch.bfloat16, kernel, plain, make, 5,
+        Work(4.5 * size), Work(6 * size), floor=2**-4,
+    )  # fmt: skip
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the cases of fp8 run there; PyTorch has their product for CPUs as well."""
+    return ops.missing_fp8("triton", device) is None
+
+
 def probe(b: int, d: int, k: int, dtype: torch.dtype) -> Case:
     """`probe_head` over float32 weights; its forward computes the gradients as well."""
 
@@ -284,6 +332,8 @@ def check_cases(sizes: Sizes, device: torch.device) -> list[Case]:
     cases += [attend(n, t, heads, head, dtype) for heads, head in sizes.heads for dtype in attention_types]
     cases += [feed_forward(n, t, d, dtype) for dtype in FLOATS] + cublaslt_cases(sizes, device)
     cases += [probe(16 * n + 1, d, sizes.classes, dtype) for dtype in probe_types]
+    if has_fp8(device):
+        cases += [quantizing(n, t, d), product(n, t, d, "linear"), product(n, t, d, "mlp")]
     side = 2 * math.isqrt(t)
     return cases + [noising(n, side, form, path) for form in reference.FORMS for path in interpolate.PATHS]
 
@@ -298,4 +348,4 @@ def time_cases(sizes: Sizes, device: torch.device) -> list[Case]:
     cases += [feed_forward(n, t, d, dtype), gelu_backward(n * t, 4 * d, dtype)]
     cases += [pooling(extra, t, 4 * d, dtype, True), pooling(extra, t, d, dtype, False)]
     cases += [probe(n, d, sizes.classes, dtype), noising(n, 2 * math.isqrt(t), "moments"), loss(n, t, dtype)]
-    return cases
+    return cases + ([product(n, t, d, name) for name in ("linear", "mlp")] if has_fp8(device) else [])

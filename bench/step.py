@@ -32,7 +32,7 @@ import torch._dynamo
 
 from bench.section import Context, Section, plain, show
 from bench.timing import measure as time_calls
-from bench.variants import VARIANTS, Measured, configuration, interleaves, measure, variant, with_data
+from bench.variants import VARIANTS, Measured, configuration, interleaves, measure, missing, variant, with_data
 from lsep import flops
 from lsep.checks import check
 from lsep.config import override
@@ -178,6 +178,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         base = override(base, {"train.batch_size": args.batch_size})
     with tempfile.TemporaryDirectory() as folder:
         configs = {name: variant(name, base, args.compile) for name in args.variants}
+        skipped = {name: why for name in configs if (why := missing(name, device))}
+        configs = {name: config for name, config in configs.items() if name not in skipped}
         for config in configs.values():
             check(config)
         configs = {name: with_data(config, Path(folder)) for name, config in configs.items()}
@@ -190,7 +192,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {
         **facts(device), "preset": preset, "batch size": base.train.batch_size, "steps": steps, "rounds": args.rounds,
         "interleaved": together, "compile": args.compile, "copy rate": copy_rate, "matrix rate": matrix_rate,
-        "variants": rows, "budgets": budgets, "failed": failed,
+        "variants": rows, "budgets": budgets, "failed": failed, "skipped": skipped,
         "round ms": {name: [s * 1e3 for s in m.seconds] for name, m in found.items()},
         "parts": {
             name: {p: f._asdict() for p, f in flops.step_parts(m.config, m.probe_classes).items()}
@@ -204,7 +206,8 @@ def report(result: dict[str, Any]) -> str:
     """The tables in Markdown, and where they come from."""
     notes = [f"{key}: {value}" for key, value in result.items() if not isinstance(value, dict | list)]
     table = [{k: v for k, v in r.items() if k != "quartiles"} for r in result["variants"]]
-    sections = [Section("bench.step", table, notes, [f"{n}: {why}" for n, why in result["failed"].items()])]
+    failed, skipped = ([f"{n}: {why}" for n, why in result[key].items()] for key in ("failed", "skipped"))
+    sections = [Section("bench.step", table, notes, failed, skipped)]
     sections += [Section(f"budget of {name}", rows) for name, rows in result["budgets"].items()]
     return "\n".join(show(s) for s in sections)
 

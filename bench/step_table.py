@@ -18,6 +18,7 @@ def step(context: Context, section: Section) -> None:
     arguments = ["--preset", "tiny", "--steps", "1", "--rounds", "1"] if context.smoke else ["--rounds", "3"]
     result, _ = run(parse([*arguments, "--variants", *VARIANTS]))
     section.rows += [{k: v for k, v in row.items() if k != "quartiles"} for row in result["variants"]]
+    section.skipped += [f"{name}: {why}" for name, why in result["skipped"].items()]
     section.failures += [f"{name}: {why}" for name, why in result["failed"].items()]
     section.details["step"] = result
     section.notes += [show(Section(f"budget of {name}", rows)) for name, rows in result["budgets"].items()]

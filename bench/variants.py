@@ -25,6 +25,7 @@ from lsep.errors import UserError, nearest
 from lsep.graphs import WARM_UP, Graphs
 from lsep.model import SiT
 from lsep.step import open_loader, setup, train_step
+from lsep_kernels import ops
 from lsep_kernels.reference import gate_residual
 
 # depth 10 and probe 3: by FLOPs LSEP costs 21 % here, as much as for SiT-XL/2.
@@ -39,12 +40,13 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Presets for machines without a GPU."""
-VARIANTS = ("plain", "authors", "paper", "shared-0.8", "shared-0.2", "shared-0")
+VARIANTS = ("plain", "authors", "paper", "shared-0.8", "shared-0.2", "shared-0", "fp8")
+"""`fp8` is shared-0.8 with the matrix products of its blocks in fp8, where the GPU has it."""
 ROOMS = {
     "attention": r"attention|flash|fmha|sdpa",
     "optimizer": r"adam|multi_tensor|foreach|norm_pass|update_pass|lerp|linalg_vector_norm",
     "probe and loss": r"token_pool|probe_|velocity_loss|interpolate|softmax|nll_loss|cross_entropy",
-    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|triton_tem|mm(backward\d*)?$|conv(?!ert)",
+    "matrix products": r"quantize_[rc]|gemm|cutlass|nvjet|xmma|cublas|triton_tem|mm(backward\d*)?$|conv(?!ert)",
     "adaLN": r"adaln|layer_?norm",
     "GELU": r"gelu",
 }
@@ -186,6 +188,8 @@ def variant(name: str, base: Config, compiled: str) -> Config:
         values |= _PAPER | _EAGER
     elif name == "paper":
         values |= _PAPER
+    elif name == "fp8":
+        values |= {"probe.branch": "shared", "probe.extra_fraction": 0.8, "train.fp8": True}
     else:
         kind, _, share = name.partition("-")
         try:
@@ -209,6 +213,15 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why the variant `name` cannot run on `device`; None when it can."""
+    if name != "fp8":
+        return None
+    if device.type != "cuda":
+        return f"fp8 needs a GPU, and the device is {device.type}"
+    return ops.missing_fp8("triton", device) or ops.missing_triton(device)
 
 
 def with_data(config: Config, folder: Path) -> Config:

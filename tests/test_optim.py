@@ -10,6 +10,7 @@ from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 
 from lsep import checkpoint
 from lsep.checks import resolve
+from lsep.dist import World
 from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.optim import build_optimizer, rate_factor
@@ -24,7 +25,7 @@ def test_step_is_adamw_with_two_rates_clip_and_ema(by: str) -> None:
     objective = lively(Objective(config, MANIFEST))
     ema = copy.deepcopy(objective)
     o = config.optim
-    optimizer = build_optimizer(objective, ema, o, by)
+    optimizer = build_optimizer(objective, ema, o, by, World(torch.device("cpu")))
     p = {n: q.detach().double() for n, q in objective.named_parameters()}
     m, v, average = ({n: q * k for n, q in p.items()} for k in (0, 0, 1))
     for step in range(5):
