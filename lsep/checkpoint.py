@@ -33,6 +33,8 @@ class Progress:
     """Time spent in training steps, over all sessions of the run."""
     gpu_seconds: float = 0.0
     """Time that GPUs spent in them, summed over GPUs."""
+    data_offset: int = 0
+    """Steps whose data was left out after loss spikes."""
 
 
 def weights(objective: nn.Module) -> dict[str, Tensor]:

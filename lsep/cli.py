@@ -42,16 +42,20 @@ def train(argv: Args) -> None:
     args = parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
 
     from lsep.checkpoint import latest
+    from lsep.dist import rank
+    from lsep.signals import Preempted
     from lsep.train import train as run_training
 
     try:
         run_training(args.config, args.run_dir, args.resume, preset=name or "")
-    except KeyboardInterrupt:
-        kept = latest(args.run_dir / "checkpoints")
-        again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
-        saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
-        print(f"\nstopped; {saved}", file=sys.stderr)
-        raise
+    except (KeyboardInterrupt, Preempted) as stopped:
+        if rank() == 0:
+            kept = latest(args.run_dir / "checkpoints")
+            again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
+            saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
+            print(f"\n{stopped or 'stopped'}; {saved}", file=sys.stderr)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
 
 
 def profile(argv: Args) -> None:

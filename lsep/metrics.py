@@ -60,6 +60,22 @@ class Logger:
             self.wandb.finish()
 
 
+class Quiet:
+    """The logger of every process but the first: says nothing."""
+
+    def advance(self) -> None:
+        pass
+
+    def log(self, values: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _minutes(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
