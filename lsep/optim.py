@@ -38,6 +38,9 @@ class Optimizer(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """The state: `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` of every parameter that has one."""
 
+    def templates(self) -> dict[str, Tensor]:
+        """Empty tensors for `tensors` of every parameter, also where there is no state yet, to be read into."""
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take a state over that belongs to the weights there are now; raises UserError where it does not fit."""
 
@@ -138,6 +141,9 @@ class LibraryOptimizer:
                         out[f"step.{name}"] = torch.tensor(float(group["step"]))
         return out
 
+    def templates(self) -> dict[str, Tensor]:
+        return _templates(self.named)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         for name, p, state in _states(self.named, tensors):
             step = state.pop("step")
@@ -205,6 +211,9 @@ class OneOperation:
                 out |= {f"step.{name}": steps.clone(), f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
         return out
 
+    def templates(self) -> dict[str, Tensor]:
+        return _templates(self.named)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         places = {name: i for i, name in enumerate(self.named)}
         steps = 0
@@ -217,6 +226,14 @@ class OneOperation:
         if self.copies is not None:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, list(self.named.values()))
+
+
+def _templates(named: Named) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, p in named.items():
+        out |= {f"step.{name}": torch.zeros(())}
+        out |= {f"{key}.{name}": torch.empty_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return out
 
 
 def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:

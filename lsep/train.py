@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -33,36 +33,47 @@ MAX_LOST = 10
 """A run ends when no step of so many, and of a whole log window, has a finite gradient."""
 
 
-def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str = "custom") -> Run:
+def train(
+    config: Config, run_dir: str | Path, resume: bool = False, preset: str = "custom", strict: bool = False
+) -> Run:
     """Train into `run_dir`, or go on with the run there; returns it with checkpoints, metrics, samples and report.
 
-    resume: the run must have a checkpoint (otherwise one is used when it is there). Raises UserError on bad input, and
-    KeyboardInterrupt after a Ctrl-C, once a checkpoint is written.
+    resume: the run must have a checkpoint (otherwise one is used when it is there). strict: the newest checkpoint must
+    be whole (otherwise the newest whole one is used). Raises UserError on bad input, and KeyboardInterrupt after a
+    Ctrl-C, once a checkpoint is written.
     """
-    from lsep import report
-
     run = Run(run_dir)
     if resume and checkpoint.latest(run.checkpoints) is None:
         raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
     state = setup(config)
-    run.check(state.config, state.source.manifest)
-    progress = checkpoint.Progress(0, 0.0)
-    found = checkpoint.latest(run.checkpoints)
-    if found is not None:
-        progress = checkpoint.load(found, state.objective, state.ema, state.optimizer)
+    with run.locked():
+        run.check(state.config, state.source.manifest)
+        checkpoints = checkpoint.Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every)
+        with closing(checkpoints):
+            _train(state, run, checkpoints, preset, strict)
+    return run
+
+
+def _train(state: State, run: Run, checkpoints: checkpoint.Checkpoints, preset: str, strict: bool) -> None:
+    from lsep import report
+
+    config = state.config
+    progress = checkpoints.load_newest(state.objective, state.ema, state.optimizer, strict)
+    progress = progress or checkpoint.Progress(0, 0.0)
     if progress.step > config.train.steps:
         raise UserError(f"--train.steps is {config.train.steps}, but {run.path} is at step {progress.step} already")
     run.open(state.config, state.source.manifest, preset)
     if run.results().get("steps") == progress.step == config.train.steps:
         print(f"{run.path}: already at step {progress.step} of {config.train.steps}, nothing to train")
-        return run
+        return
     run.forget_after(progress.step)
     logger = Logger(run, progress.step, state.config.train.steps, config.train.wandb, asdict(state.config))
     try:
         if progress.step:
             logger.say(f"continuing {run.path} at step {progress.step}")
         with _interruptible() as interrupted:
-            batches = _loop(state, run, logger, progress, interrupted)
+            batches = _loop(state, run, checkpoints, logger, progress, interrupted)
+        checkpoints.finish()
         if interrupted():
             raise KeyboardInterrupt
 
@@ -74,11 +85,15 @@ def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str
         logger.say(results)
     finally:
         logger.close()
-    return run
 
 
 def _loop(
-    state: State, run: Run, logger: Logger, progress: checkpoint.Progress, interrupted: Callable[[], bool]
+    state: State,
+    run: Run,
+    checkpoints: checkpoint.Checkpoints,
+    logger: Logger,
+    progress: checkpoint.Progress,
+    interrupted: Callable[[], bool],
 ) -> list[Batch]:
     """Train to the end, or until interrupted; a copy of the last step's batches."""
     config, step = state.config.train, progress.step
@@ -96,14 +111,8 @@ def _loop(
             logger.log({**window.close(step, clock), "skipped_rows": loader.skipped})
         if save:
             with clock.paused():
-                checkpoint.save(
-                    run.checkpoints,
-                    checkpoint.Progress(step, clock.seconds, clock.gpu_seconds),
-                    state.objective,
-                    state.ema,
-                    state.optimizer,
-                )
-                checkpoint.prune(run.checkpoints, config.keep_last, config.keep_every)
+                now = checkpoint.Progress(step, clock.seconds, clock.gpu_seconds)
+                checkpoints.save(now, state.objective, state.ema, state.optimizer)
         if config.sample_every and step % config.sample_every == 0 and step < config.steps:
             with clock.paused():
                 _draw_grid(state, run, step)

@@ -18,6 +18,7 @@ from lsep.backends import missing_compiler
 from lsep.config import Config, flat
 from lsep.errors import UserError
 from lsep.run import Run
+from lsep.shards import PARTS
 from lsep.step import State, open_loader, setup, train_step
 from lsep.train import train
 
@@ -41,8 +42,7 @@ def command(run_dir: Path, config: Config, *more: str) -> list[str]:
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     path = run_dir / "checkpoints" / f"{step:07d}"
-    files = ("model", "ema", "optimizer")
-    return {f"{f}:{k}": v for f in files for k, v in checkpoint.read_tensors(path / f"{f}.safetensors").items()}
+    return {f"{part}:{k}": v for part in PARTS for k, v in checkpoint.read_tensors(path, part).items()}
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -231,8 +231,8 @@ def test_refusals_leave_the_configuration_alone(store: Path, tmp_path: Path) -> 
     before = run.config_file.read_bytes()
     with pytest.raises(UserError, match="--train.steps is 2, but .* is at step 4 already"):
         train(tiny(data__path=str(store), train__steps=2), run.path)
-    os.truncate(run.checkpoints / "0000004" / "model.safetensors", 100)
-    with pytest.raises(UserError, match="model.safetensors: truncated"):
+    os.truncate(run.checkpoints / "0000004" / "shard-00000-model.safetensors", 100)
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
         train(tiny(data__path=str(store), train__steps=8), run.path, resume=True)
     assert run.config_file.read_bytes() == before
 
@@ -294,7 +294,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(store: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     train(tiny(data__path=str(store), train__steps=4), run)
     before = tensors(run, 4)
-    size = (run / "checkpoints" / "0000004" / "model.safetensors").stat().st_size
+    size = (run / "checkpoints" / "0000004" / "shard-00000-model.safetensors").stat().st_size
     limited = subprocess.run(
         command(run, tiny(data__path=str(store))),
         capture_output=True, text=True,
