@@ -257,8 +257,8 @@ def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer)
     state = _state(objective, ema, optimizer.templates())
     for part in ("model", "ema"):
         _require_fit(path, part, found, state)
-    states = {name for name in found if name.startswith("optimizer.")}
-    for name in sorted(states):
+    states = sorted(name for name in found if name.startswith("optimizer."))
+    for name in states:
         shown = name.removeprefix("optimizer.")
         if name not in state:
             raise UserError(f"{path}: unknown tensor {shown!r}")

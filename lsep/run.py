@@ -168,8 +168,15 @@ class Run:
         write_atomic(self.metrics_file, "".join(kept))
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Add a line, or, where the disk does not take it, leave the file as it was and raise OSError."""
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line would hide all that follow
+                os.truncate(self.metrics_file, size)
+            raise
 
     def results(self) -> dict[str, Any]:
         """Figures of the finished run."""

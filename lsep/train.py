@@ -114,7 +114,7 @@ def _loop(
                 now = checkpoint.Progress(step, clock.seconds, clock.gpu_seconds)
                 checkpoints.save(now, state.objective, state.ema, state.optimizer)
         if config.sample_every and step % config.sample_every == 0 and step < config.steps:
-            with clock.paused():
+            with clock.paused(), logger.outliving("a sample grid"):
                 _draw_grid(state, run, step)
         if stop:
             return [Batch(*(t.clone() for t in batch)) for batch in batches]

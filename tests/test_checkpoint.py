@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_worker import Held, World, load_into
 from conftest import MANIFEST, tiny
 from safetensors.torch import load_file
 
@@ -405,3 +408,22 @@ def test_commands(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert call("verfy", path) == (
         2, "lsep: error: command 'checkpoint verfy' is unknown; did you mean 'verify'?\n"
     )  # fmt: skip
+
+
+def test_any_number_of_processes_loads_what_any_other_wrote(tmp_path: Path) -> None:
+    """Four processes, plain, sharded and both, save and load in all pairs; one process loads all of it."""
+    worker = Path(__file__).with_name("checkpoint_worker.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, str(worker), str(tmp_path)], capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("all 2 checkpoints are damaged") == 4
+    assert done.stderr.count("manifest.json: missing; the checkpoint before is used") == 2  # the first process says it
+    truth = Held("one", 1).whole()
+    for mode in ("fsdp", "hsdp"):
+        held = Held("one", 5)
+        assert load_into(held, tmp_path / mode, World()) == Progress(4, 1.5)
+        found = held.whole()
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+        written = {p.name for p in (tmp_path / mode / "0000004").iterdir()}
+        assert written == {"manifest.json", *(f"shard-{r:05d}-{p}.safetensors" for r in range(4) for p in shards.PARTS)}
