@@ -10,6 +10,7 @@ All randomness is a function of seed and step: the step is the whole random stat
 
 import shutil
 import sys
+import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -78,8 +79,8 @@ class Checkpoints:
         self.world: World = world or Alone()
         # The writing threads talk among themselves, while the training uses the other groups.
         self.group = dist.new_group(backend="gloo") if self.world.size > 1 else None
-        cuda = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # its copies on the host are used again
+        self.cuda = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(self.cuda, False, False, self.cuda))  # its memory is used again
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[str | None] | None = None
         self.failure: str | None = None
@@ -91,13 +92,17 @@ class Checkpoints:
     def save(self, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer) -> None:
         """Copy the state to the host's memory and write it from there, while training goes on.
 
-        Waits for the save before. A disk that does not take it is a warning at the next call, and `finish`'s error.
+        From a GPU it is copied when this returns; on a CPU, where memory is no faster than a disk is, it is before the
+        next update. Waits for the save before. A disk that does not take it is a warning at the next call, and
+        `finish`'s error.
         """
         self.wait()
-        state = self._deal(_state(objective, ema, optimizer.tensors()))
-        staged = self.stager.stage(state)
-        assert isinstance(staged, dict)
-        self.writing = self.thread.submit(self._write, progress, staged)
+        state, copied = self._deal(_state(objective, ema, optimizer.tensors())), threading.Event()
+        if self.cuda:
+            state = self._copy(state, copied)
+        else:
+            optimizer.before_step = copied.wait
+        self.writing = self.thread.submit(self._write, progress, state, copied)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk, or warn that it is not."""
@@ -167,8 +172,17 @@ class Checkpoints:
                 held[name] = state[name]
         return held
 
-    def _write(self, progress: Progress, staged: dict[str, Tensor]) -> str | None:
-        """In the thread: write, rename, prune; a sentence where the disk does not take it."""
+    def _copy(self, state: dict[str, Tensor], copied: threading.Event) -> dict[str, Tensor]:
+        try:
+            staged = self.stager.stage(state)
+        finally:
+            copied.set()
+        assert isinstance(staged, dict)
+        return staged
+
+    def _write(self, progress: Progress, state: dict[str, Tensor], copied: threading.Event) -> str | None:
+        """In the thread: copy, unless done, write, rename, prune; a sentence where the disk does not take it."""
+        staged = state if copied.is_set() else self._copy(state, copied)
         target, main = self.folder / f"{progress.step:07d}", self.world.rank == 0
         values = {**asdict(progress), "torch": torch.__version__, "world": self.world.size}
         writer = shards.Writer(target, self.world.rank, values)

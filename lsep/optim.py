@@ -7,7 +7,7 @@ A checkpoint holds the same tensors whichever wrote it.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,9 @@ Named = dict[str, nn.Parameter]
 
 class Optimizer(Protocol):
     """What a training step needs of an optimizer."""
+
+    before_step: Callable[[], object]
+    """Called before an update changes anything; where a checkpoint is being copied, it waits for that."""
 
     def set_rate(self, factor: float) -> None:
         """The rates of the next step, as a multiple of their base."""
@@ -77,6 +80,10 @@ def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _at_once() -> None:
+    """Nothing to wait for."""
+
+
 def _named(objective: Objective) -> Named:
     """Parameters under their published names."""
     return {n.removeprefix("model."): p for n, p in objective.named_parameters()}
@@ -90,6 +97,7 @@ class LibraryOptimizer:
     """torch's fused AdamW or apex's FusedAdam, between clipping and the EMA."""
 
     def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str) -> None:
+        self.before_step: Callable[[], object] = _at_once
         self.config, self.by, self.named = config, by, _named(objective)
         self.averages: list[Tensor] = list(ema.parameters())
         self.params: list[Tensor] = list(self.named.values())
@@ -115,6 +123,7 @@ class LibraryOptimizer:
 
     @torch.no_grad()
     def step(self) -> Tensor:
+        self.before_step()
         norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
         finite = torch.isfinite(norm)
         if self.by == "torch":  # its kernel leaves weights and state alone where this is 1, without a host sync
@@ -160,6 +169,7 @@ class OneOperation:
     def __init__(
         self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str, copies: Objective | None
     ) -> None:
+        self.before_step: Callable[[], object] = _at_once
         self.named = _named(objective)
         params: list[Tensor] = list(self.named.values())
         self.copies: list[Tensor] | None = None if copies is None else list(copies.parameters())
@@ -197,6 +207,7 @@ class OneOperation:
         torch.mul(self.base_lr, factor, out=self.lr)
 
     def step(self) -> Tensor:
+        self.before_step()
         self.updated |= {name for name, p in self.learning.items() if p.grad is not None}
         norm = self.update([p.grad for p in self.learning.values()], self.lr)
         for p in self.learning.values():
