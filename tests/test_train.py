@@ -272,6 +272,7 @@ def test_infinite_loss_stops_with_the_step(store: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
+    """And while it runs, nothing else can train there."""
     config = tiny(data__path=str(store), train__steps=100_000, train__checkpoint_every=100_000)
     process = subprocess.Popen(
         command(tmp_path / "run", config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -279,6 +280,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None
     assert process.stdout is not None
     while "step 4/" not in process.stdout.readline():
         assert process.poll() is None
+    with pytest.raises(UserError, match=f"run is in use by process {process.pid} on host .*: wait for it, stop it, or"):
+        train(config, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -287,6 +290,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None
     last = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert last is not None and int(last.name) >= 4
     assert Run(tmp_path / "run").metrics()[-1]["step"] == int(last.name)
+    assert not Run(tmp_path / "run").lock_file.exists()
 
 
 def test_full_disk_leaves_the_earlier_checkpoint(store: Path, tmp_path: Path) -> None:
@@ -296,13 +300,16 @@ def test_full_disk_leaves_the_earlier_checkpoint(store: Path, tmp_path: Path) ->
     before = tensors(run, 4)
     size = (run / "checkpoints" / "0000004" / "shard-00000-model.safetensors").stat().st_size
     limited = subprocess.run(
-        command(run, tiny(data__path=str(store))),
+        command(run, tiny(data__path=str(store), train__checkpoint_every=2)),
         capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
     )  # fmt: skip
     assert limited.returncode == 2, limited.stderr
-    (line,) = limited.stderr.strip().splitlines()
-    assert "0000008: the checkpoint could not be written" in line and "the one before, 0000004, is intact" in line
+    warning, error = limited.stderr.strip().splitlines()  # training goes on after the first, and ends with the last
+    for step, line in ((6, warning), (8, error)):
+        assert f"000000{step}: the checkpoint could not be written" in line
+        assert "the one before, 0000004, is intact" in line
+    assert "step 8/8" in limited.stdout
     assert_same_bits(tensors(run, 4), before)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000004"]
 
