@@ -22,6 +22,12 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def told(error: Exception) -> str:
+    """Kind and text of another's error, which may quote what was read, in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`"; did you mean 'a' or 'b'?"` for the names most like `word`, or the list of all where none is near."""
     from difflib import SequenceMatcher

@@ -17,7 +17,7 @@ from typing import Any
 
 from lsep.config import Config, differences, from_dict
 from lsep.data.manifest import Manifest, parse
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, shown, told
 
 
 class Run:
@@ -152,7 +152,7 @@ class Run:
         try:
             values = json.loads(self.config_file.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.config_file}: cannot be read as JSON ({error})") from None
+            raise UserError(f"{self.config_file}: cannot be read as JSON ({told(error)})") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: expected a JSON object")
         return values

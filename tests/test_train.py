@@ -13,27 +13,15 @@ import torch
 from conftest import relative_error, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.trial import flags
 from lsep import checkpoint
 from lsep.backends import missing_compiler
-from lsep.config import Config, flat
+from lsep.config import Config
 from lsep.errors import UserError
 from lsep.run import Run
 from lsep.shards import PARTS
 from lsep.step import State, open_loader, setup, train_step
 from lsep.train import train
-
-
-def flags(config: Config) -> list[str]:
-    """The command line that gives `config` from the quickstart preset."""
-    args = []
-    for name, value in flat(config).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            section, field = flag[2:].split(".")
-            args.append(flag if value else f"--{section}.no-{field}")
-        else:
-            args += [flag, str(value)]
-    return args
 
 
 def command(run_dir: Path, config: Config, *more: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsep.data.manifest import CorruptRow, Ids, Manifest
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, shown, told
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64"),
@@ -108,7 +108,7 @@ def header(path: Path) -> dict[str, Column]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors file of a store ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a safetensors file of a store ({told(error)})") from None
     return found
 
 
