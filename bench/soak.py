@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.section import ROOT, Section
 from bench.trial import Trial
+from lsep.config import PRESETS
 from lsep.run import Run
 
 GROWTH = 20.0
@@ -23,7 +24,7 @@ def soak(trial: Trial, section: Section) -> None:
     seconds, run = 60 * trial.minutes, Run(trial.folder / "run")
     part, warm = seconds / 6, seconds / 30  # of half an hour: five minutes, and one
     command = [sys.executable, "-m", "lsep", "train", "quickstart", "--train.steps", "100000000"]
-    command += ["--train.device", "cpu", "--run-dir", str(run.path)]
+    command += ["--train.device", "cpu", "--train.log-every", "10", "--run-dir", str(run.path)]
     memory: list[tuple[float, float]] = []
     with (trial.folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -45,7 +46,9 @@ def soak(trial: Trial, section: Section) -> None:
     before = statistics.median(mb for at, mb in memory if at <= warm)
     peak = max(mb for at, mb in memory if at > warm)
     lines = [(line["seconds"], line["step"]) for line in run.metrics()]
-    first, last = _rate(lines, 0, part), _rate(lines, lines[-1][0] - part, lines[-1][0])
+    # Two lines at least, where steps are slow and the time is short.
+    first = _rate([line for i, line in enumerate(lines) if i < 2 or line[0] <= part])
+    last = _rate([line for i, line in enumerate(lines) if i >= len(lines) - 2 or line[0] >= lines[-1][0] - part])
     section.rows.append(
         {"minutes": trial.minutes, "steps": lines[-1][1], "MB after the first minute": before, "most MB since": peak,
          "images/s at first": first, "at the end": last, "drift": f"{last / first - 1:+.1%}"}
@@ -66,8 +69,7 @@ def _resident(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def _rate(lines: list[tuple[float, int]], start: float, stop: float) -> float:
-    """Images a second between the first and the last line logged in a stretch of the training's own time."""
-    inside = [(seconds, step) for seconds, step in lines if start <= seconds <= stop]
-    (begin, first), (end, last) = inside[0], inside[-1]
-    return 128 * (last - first) / (end - begin)
+def _rate(lines: list[tuple[float, int]]) -> float:
+    """Images a second between the first and the last of (seconds, step)."""
+    (begin, first), (end, last) = lines[0], lines[-1]
+    return PRESETS["quickstart"].train.batch_size * (last - first) / (end - begin)

@@ -22,6 +22,11 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def one_line(path: str) -> bool:
+    """Whether a path can stand in a sentence: not empty, no line breaks, not longer than a system takes."""
+    return path.splitlines() == [path] and len(path) <= 4096
+
+
 def told(error: Exception) -> str:
     """Kind and text of another's error, which may quote what was read, in one short line."""
     text = " ".join(str(error).split())

@@ -17,7 +17,7 @@ from typing import Any
 
 from lsep.config import Config, differences, from_dict
 from lsep.data.manifest import Manifest, parse
-from lsep.errors import UserError, shown, told
+from lsep.errors import UserError, one_line, shown, told
 
 
 class Run:
@@ -137,7 +137,13 @@ class Run:
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: no description of the data, manifest is {shown(values)}")
         source, rows, flips = (values.get(name) for name in ("source", "rows", "flips"))
-        if not isinstance(source, str) or type(rows) is not int or rows < 1 or not isinstance(flips, bool):
+        if (
+            not isinstance(source, str)
+            or not one_line(source)
+            or type(rows) is not int
+            or rows < 1
+            or not isinstance(flips, bool)
+        ):
             raise UserError(
                 f"{where}: source, rows and flips are {shown(source)}, {shown(rows)} and {shown(flips)}, "
                 "expected text, a count, and true or false"
