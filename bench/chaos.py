@@ -231,12 +231,23 @@ def run(names: list[str], quick: bool, minutes: float) -> list[Section]:
     return done
 
 
+def _others(file: Path, names: list[str]) -> list[Section]:
+    """The sections of a file of results that are not run again: a long one need not be repeated for the others."""
+    if not file.exists():
+        return []
+    return [Section(**entry) for entry in json.loads(file.read_text())["sections"] if entry["name"] not in names]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the results to this file; its other sections stay"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, help="write the tables to this file, with those that stay"
+    )
     parser.add_argument("--quick", action="store_true", help="the short form")
     parser.add_argument("--minutes", type=float, help="of soak; 30, or 1 with --quick, when not given")
     args = parser.parse_args(argv)
@@ -245,11 +256,15 @@ def main(argv: list[str] | None = None) -> int:
     where = (
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     )
+    for section in sections:
+        section.details |= {"command": command, "machine": where}
+    kept = _others(args.json, args.only) if args.json else []
+    all_ = sorted([*kept, *sections], key=lambda section: list(SECTIONS).index(section.name))
     if args.json:
-        entry = {"command": command, "machine": where, "sections": [plain(asdict(s)) for s in sections]}
-        args.json.write_text(json.dumps(entry, indent=1) + "\n")
+        args.json.write_text(json.dumps({"sections": [plain(asdict(s)) for s in all_]}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text("\n".join([f"`{command}`, {where}\n", *map(show, sections)]))
+        texts = [f"{show(s)}\n`{s.details['command']}`, {s.details['machine']}\n" for s in all_]
+        args.markdown.write_text("\n".join(texts))
     return int(any(section.failures for section in sections))
 
 

@@ -137,16 +137,11 @@ class Run:
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: no description of the data, manifest is {shown(values)}")
         source, rows, flips = (values.get(name) for name in ("source", "rows", "flips"))
-        if (
-            not isinstance(source, str)
-            or not one_line(source)
-            or type(rows) is not int
-            or rows < 1
-            or not isinstance(flips, bool)
-        ):
+        if not isinstance(source, str) or not one_line(source):
+            raise UserError(f"{where}: source is {shown(source)}, expected a path in one line")
+        if type(rows) is not int or rows < 1 or not isinstance(flips, bool):
             raise UserError(
-                f"{where}: source, rows and flips are {shown(source)}, {shown(rows)} and {shown(flips)}, "
-                "expected text, a count, and true or false"
+                f"{where}: rows and flips are {shown(rows)} and {shown(flips)}, expected a count, and true or false"
             )
         return parse(values, where, source, rows, flips)
 

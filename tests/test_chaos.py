@@ -20,6 +20,21 @@ def test_section(name: str, tmp_path: Path) -> None:
     assert section["rows"] and f"## {name}: ok" in files[1].read_text()
 
 
+def test_sections_that_are_not_run_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "r.json", tmp_path / "r.md"
+    told = ["first"]
+    for name in ("flips", "stall"):
+        monkeypatch.setitem(chaos.SECTIONS, name, lambda trial, section: section.notes.append(told[-1]))
+    options = ["--json", str(files[0]), "--markdown", str(files[1])]
+    chaos.main(["--only", "stall", "flips", *options])
+    told.append("second")
+    chaos.main(["--only", "flips", *options])
+    sections = json.loads(files[0].read_text())["sections"]
+    assert [(s["name"], s["notes"]) for s in sections] == [("flips", ["second"]), ("stall", ["first"])]
+    assert "--only flips" in sections[0]["details"]["command"] and "--only stall" in sections[1]["details"]["command"]
+    assert files[1].read_text().index("second") < files[1].read_text().index("first")
+
+
 def test_an_input_of_the_fuzzer_can_be_had_again() -> None:
     good = {"a": [1, 2.5, "x"], "b": {"c": None, "d": True}}
     for case in range(300):

@@ -61,10 +61,8 @@ def test_foreign_config(tmp_path: Path, text: str, message: str) -> None:
     ("changes", "message"),
     [
         ({"shape": [3, 8]}, "manifest: shape is [3, 8], expected three counts C, H, W"),
-        (
-            {"rows": "many"},
-            "manifest: source, rows and flips are 'test', 'many' and False, expected text",
-        ),
+        ({"rows": "many"}, "manifest: rows and flips are 'many' and False, expected a count, and true or false"),
+        ({"source": "a\nb"}, r"manifest: source is 'a\nb', expected a path in one line"),
         ({"kind": ["samples"]}, "manifest: kind is ['samples'], expected moments or samples or pixels"),
         ({"scale": float("nan")}, "manifest: scale is nan, expected a finite number"),
         ({"class_names": "abc"}, "manifest: class_names is 'abc', expected a list of names"),
