@@ -242,12 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument(
-        "--json", type=Path, help="write the results to this file; its other sections stay"
-    )
-    parser.add_argument(
-        "--markdown", type=Path, help="write the tables to this file, with those that stay"
-    )
+    parser.add_argument("--json", type=Path, help="write the results to this file; its other sections stay")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, with those that stay")
     parser.add_argument("--quick", action="store_true", help="the short form")
     parser.add_argument("--minutes", type=float, help="of soak; 30, or 1 with --quick, when not given")
     args = parser.parse_args(argv)

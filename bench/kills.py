@@ -143,7 +143,8 @@ def _kill(training: Training, moment: str, draw: Random) -> int:
     training.wait(lambda: len(training.workers()) == PROCESSES, "all processes")
     begin = training.step()
     if moment == "at the start":
-        time.sleep(draw.uniform(0, 8))
+        end = time.monotonic() + draw.uniform(0, 8)
+        training.wait(lambda: time.monotonic() > end or training.step() > begin, "its first checkpoint")
     elif moment == "at a random step":
         aim = begin + draw.randrange(EVERY, SPAN, EVERY)
         training.wait(lambda: training.step() >= aim, f"step {aim}")
