@@ -31,7 +31,7 @@ def soak(trial: Trial, section: Section) -> None:
             command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         )
     try:
-        while process.poll() is None and not run.metrics():
+        while process.poll() is None and len(run.metrics()) < 2:
             time.sleep(0.1)
         start = time.monotonic()
         while process.poll() is None and (now := time.monotonic() - start) < seconds:

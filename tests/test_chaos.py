@@ -13,7 +13,7 @@ from lsep.errors import UserError
 @pytest.mark.parametrize("name", chaos.SECTIONS)
 def test_section(name: str, tmp_path: Path) -> None:
     files = tmp_path / "r.json", tmp_path / "r.md"
-    options = ["--json", str(files[0]), "--markdown", str(files[1]), "--minutes", "0.2"]
+    options = ["--json", str(files[0]), "--markdown", str(files[1]), "--minutes", "0.05"]
     code = chaos.main(["--quick", "--only", name, *options])
     (section,) = json.loads(files[0].read_text())["sections"]
     assert (code, section["failures"], section["skipped"]) == (0, [], [])

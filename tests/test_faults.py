@@ -1,4 +1,7 @@
-"""What goes wrong in long runs: preemption, dead and hung processes, spikes, and gradients that are not finite."""
+"""What goes wrong in long runs: preemption, hung processes, spikes, and gradients that are not finite.
+
+Processes that are killed: `kills` of `bench.chaos`, in tests/test_chaos.py.
+"""
 
 import json
 import os
@@ -61,25 +64,6 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
 
 def checkpoint_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"{step:07d}" / "manifest.json"
-
-
-def test_a_killed_process_leads_to_a_restart_that_goes_on_exactly(store: Path, tmp_path: Path) -> None:
-    config = tiny(data__path=str(store), train__steps=40, **QUICK)
-    whole = tmp_path / "whole"
-    assert subprocess.run(launch(whole, config, 2), env=ENVIRONMENT, capture_output=True).returncode == 0
-    broken = tmp_path / "broken"
-    process = subprocess.Popen(
-        launch(broken, config, 2, "--max-restarts", "2"), env=ENVIRONMENT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for(checkpoint_of(broken, 8).exists, process)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    assert re.search(rf"continuing {broken} at step \d+", output)
-    a, b = tensors(whole, 40), tensors(broken, 40)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert [m["step"] for m in Run(broken).metrics()] == [*range(2, 41, 2)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
