@@ -1,0 +1,187 @@
+"""The model of `bench.scaling_model` against this machine: 1, 2 and 4 processes with DDP over gloo, a thread each.
+
+    python -m bench.scaling_model --check
+
+What goes into a prediction is measured apart from what it predicts: a step's seconds = overhead + images * rate come
+from one process at two batch sizes; latency and bandwidth of gloo from all-reduces between two processes. Processes
+share the cores: with n on c of them both take max(1, n / c) as long, and since gloo computes on the same cores as the
+step, a machine without a core left over hides no communication. Each launch measures everything once and launches are
+repeated in rotating order, since other programs come and go; medians over all, quartiles as the spread.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bench.scaling_model import ring
+from bench.section import ROOT, Section
+from bench.variants import configuration, with_data
+from lsep.config import Config, from_dict, override
+from lsep.dist import world
+from lsep.errors import UserError
+from lsep.step import open_loader, pick_device, setup, train_step
+
+PROCESSES = (1, 2, 4)
+BUCKET = 25 * 2**20
+"""Bytes of DDP's buckets, but for the first."""
+SIZES = (1 << 10, 1 << 18, 1 << 22, 1 << 25)
+"""Bytes of the all-reduces that are timed."""
+WARM_UP, STEPS = 2, 4
+"""Steps of a launch: uncounted, then counted."""
+
+Found = dict[str, list[float]]
+"""Seconds by what took them: `weak`, `strong`, `parameters` (a count) and the all-reduces' bytes."""
+
+
+def check(preset: str, rounds: int) -> Section:
+    """Measure, predict, compare."""
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}, expected at least 1")
+    base = configuration(preset)
+    share = base.train.batch_size // max(PROCESSES)
+    if share * max(PROCESSES) != base.train.batch_size:
+        raise UserError(f"the preset {preset!r} has a batch of {base.train.batch_size}, expected a multiple of 4")
+    start, loads = time.monotonic(), [os.getloadavg()[0]]
+    found: dict[int, Found] = {n: {} for n in PROCESSES}
+    for turn in range(rounds):
+        k = turn % len(PROCESSES)
+        for n in [*PROCESSES[k:], *PROCESSES[:k]]:
+            for name, seconds in launch(preset, n, share).items():
+                found[n].setdefault(name, []).extend(seconds)
+        loads.append(os.getloadavg()[0])
+    section = compare(found, share, os.cpu_count() or 1)
+    section.seconds = time.monotonic() - start
+    section.notes.append(
+        f"{preset}, {share} images a process (weak) or {base.train.batch_size} a step (strong), {rounds} launches of "
+        f"{STEPS} steps each; load of the machine before and after each round: "
+        + ", ".join(f"{load:.1f}" for load in loads)
+    )
+    section.details["measured seconds"] = {str(n): values for n, values in found.items()}
+    return section
+
+
+def compare(found: dict[int, Found], share: int, cores: int) -> Section:
+    """Predictions beside the measured medians. found: by number of processes; share: images a process (weak)."""
+    whole = share * max(found)
+    weak, strong = (statistics.median(found[1][kind]) for kind in ("weak", "strong"))
+    image = (strong - weak) / (whole - share)
+    overhead = max(0.0, weak - image * share)
+    latency, bandwidth = constants({s: statistics.median(found[2][str(s)]) for s in SIZES}, 2)
+    size = 4 * found[1]["parameters"][0]
+    calls = 2 + math.ceil(size / BUCKET)
+    section = Section("Check: this machine, measured and predicted")
+
+    def row(what: str, n: int, predicted: float, measured: list[float]) -> None:
+        low, median, high = statistics.quantiles(measured * (2 if len(measured) == 1 else 1), n=4, method="inclusive")
+        section.rows.append({
+            "what": what, "processes": n, "predicted ms": predicted * 1e3, "measured ms": median * 1e3,
+            "quartiles ms": f"{low * 1e3:.3g} to {high * 1e3:.3g}", "predicted / measured": predicted / median,
+        })  # fmt: skip
+
+    for n in sorted(found):
+        shared = max(1.0, n / cores)
+        for kind, images in (("weak", share), ("strong", whole / n)):
+            exchange = ring(size, n, bandwidth, calls * latency)
+            row(f"step, {kind}: {images:g} images", n, shared * (overhead + image * images + exchange), found[n][kind])
+    for n in sorted(found):
+        for s in SIZES if n > 1 else ():
+            took = max(1.0, n / cores) * ring(s, n, bandwidth, latency)
+            row(f"all-reduce of {s:,} bytes", n, took, found[n][str(s)])
+    section.notes += [
+        f"one process: {overhead * 1e3:.3g} ms + {image * 1e3:.3g} ms an image, through its own two rows, which are "
+        "therefore no predictions",
+        f"gloo between two processes: {latency * 1e6:.3g} us a hop, {bandwidth / 1e9:.3g} GB/s, a fit to its "
+        "all-reduces, not to the steps; those between four are predictions",
+        f"{size / 1e6:.4g} MB of gradients in float32, in {calls} all-reduces: DDP's first bucket of 1 MiB, those of "
+        f"25 MiB, the classifier; {cores} cores",
+    ]
+    section.details |= {"overhead": overhead, "image": image, "latency": latency, "bandwidth": bandwidth}
+    return section
+
+
+def constants(seconds: dict[int, float], members: int) -> tuple[float, float]:
+    """Latency of a hop and bytes/s of `ring`: the smallest all-reduce is all latency, the largest mostly bandwidth."""
+    small, large = min(seconds), max(seconds)
+    moved = 2 * (members - 1) / members * (large - small)
+    bandwidth = moved / (seconds[large] - seconds[small])
+    latency = seconds[small] - 2 * (members - 1) / members * small / bandwidth
+    return max(0.0, latency / (2 * (members - 1))), bandwidth
+
+
+def launch(preset: str, processes: int, share: int) -> Found:
+    """What `worker` finds in `processes`."""
+    base = override(configuration(preset), {"train.device": "cpu"})
+    with tempfile.TemporaryDirectory() as folder:
+        whole = with_data(base, Path(folder))  # the same rows for all
+        weak = override(whole, {"train.batch_size": share * processes})
+        file, out = Path(folder, "configs.json"), Path(folder, "found.json")
+        file.write_text(json.dumps({"weak": asdict(weak), "strong": asdict(whole)}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        module = ["-m", "bench.scaling_check", str(file), str(out)]
+        done = subprocess.run([*command, *module], cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{processes} processes failed: {' '.join(done.stderr.split())[-500:]}")
+        return {name: list(seconds) for name, seconds in json.loads(out.read_text()).items()}
+
+
+def worker(configs: str, out: str) -> None:
+    """One of the processes of a launch; the first writes what it found to `out`."""
+    torch.set_num_threads(1)
+    many = int(os.environ["WORLD_SIZE"]) > 1
+    if many:
+        dist.init_process_group("gloo")
+    found: Found = {str(s): _all_reduce(s) for s in SIZES} if many else {}
+    for name, values in json.loads(Path(configs).read_text()).items():
+        found |= _steps(name, from_dict(values, configs))
+    if int(os.environ["RANK"]) == 0:
+        Path(out).write_text(json.dumps(found))
+    if many:
+        dist.destroy_process_group()
+
+
+def _all_reduce(size: int) -> list[float]:
+    tensor = torch.ones(size // 4)
+    return _times(lambda: dist.all_reduce(tensor), 3, 8, dist.barrier)
+
+
+def _steps(name: str, config: Config) -> Found:
+    with world(config, pick_device("cpu")) as here:
+        state = setup(config, here)
+        batches = list(islice(open_loader(state, 0, 2), 2))
+        count = iter(range(WARM_UP + STEPS))
+
+        def step() -> None:
+            i = next(count)
+            train_step(state, i, batches[i % 2])
+
+        parameters = sum(p.numel() for p in state.objective.parameters())
+        return {name: _times(step, WARM_UP, STEPS, here.barrier), "parameters": [parameters]}
+
+
+def _times(call: Callable[[], object], warm_up: int, count: int, barrier: Callable[[], object]) -> list[float]:
+    """Seconds of each of `count` calls, begun together and with the slowest process's end."""
+    out = []
+    for _ in range(warm_up + count):
+        barrier()
+        start = time.perf_counter()
+        call()
+        barrier()
+        out.append(time.perf_counter() - start)
+    return out[warm_up:]
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
