@@ -6,7 +6,8 @@ What goes into a prediction is measured apart from what it predicts: a step's se
 from one process at two batch sizes; latency and bandwidth of gloo from all-reduces between two processes. Processes
 share the cores: with n on c of them both take max(1, n / c) as long, and since gloo computes on the same cores as the
 step, a machine without a core left over hides no communication. Each launch measures everything once and launches are
-repeated in rotating order, since other programs come and go; medians over all, quartiles as the spread.
+repeated in rotating order, since other programs come and go; medians over all, quartiles as the spread. Steps of the
+same processes apart, without any exchange, say whether an error is the communication's or the cores'.
 """
 
 import json
@@ -29,7 +30,7 @@ from bench.scaling_model import ring
 from bench.section import ROOT, Section
 from bench.variants import configuration, with_data
 from lsep.config import Config, from_dict, override
-from lsep.dist import world
+from lsep.dist import World, world
 from lsep.errors import UserError
 from lsep.step import open_loader, pick_device, setup, train_step
 
@@ -42,7 +43,7 @@ WARM_UP, STEPS = 2, 4
 """Steps of a launch: uncounted, then counted."""
 
 Found = dict[str, list[float]]
-"""Seconds by what took them: `weak`, `strong`, `parameters` (a count) and the all-reduces' bytes."""
+"""Seconds by what took them: `weak`, `strong`, `apart`, `parameters` (a count) and the all-reduces' bytes."""
 
 
 def check(preset: str, rounds: int) -> Section:
@@ -87,7 +88,7 @@ def compare(found: dict[int, Found], share: int, cores: int) -> Section:
         low, median, high = statistics.quantiles(measured * (2 if len(measured) == 1 else 1), n=4, method="inclusive")
         section.rows.append({
             "what": what, "processes": n, "predicted ms": predicted * 1e3, "measured ms": median * 1e3,
-            "quartiles ms": f"{low * 1e3:.3g} to {high * 1e3:.3g}", "predicted / measured": predicted / median,
+            "quartiles ms": f"{low * 1e3:.4g} to {high * 1e3:.4g}", "predicted / measured": predicted / median,
         })  # fmt: skip
 
     for n in sorted(found):
@@ -95,8 +96,18 @@ def compare(found: dict[int, Found], share: int, cores: int) -> Section:
         for kind, images in (("weak", share), ("strong", whole / n)):
             exchange = ring(size, n, bandwidth, calls * latency)
             row(f"step, {kind}: {images:g} images", n, shared * (overhead + image * images + exchange), found[n][kind])
-    for n in sorted(found):
-        for s in SIZES if n > 1 else ():
+    for n in sorted(found)[1:]:
+        shared = max(1.0, n / cores)
+        row(f"step apart, no exchange: {share} images", n, shared * (overhead + image * share), found[n]["apart"])
+        alone = statistics.median(found[n]["apart"])
+        row(
+            "step, weak, from the step apart",
+            n,
+            alone + shared * ring(size, n, bandwidth, calls * latency),
+            found[n]["weak"],
+        )
+    for n in sorted(found)[1:]:
+        for s in SIZES:
             took = max(1.0, n / cores) * ring(s, n, bandwidth, latency)
             row(f"all-reduce of {s:,} bytes", n, took, found[n][str(s)])
     section.notes += [
@@ -126,8 +137,9 @@ def launch(preset: str, processes: int, share: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         whole = with_data(base, Path(folder))  # the same rows for all
         weak = override(whole, {"train.batch_size": share * processes})
+        apart = override(whole, {"train.batch_size": share})
         file, out = Path(folder, "configs.json"), Path(folder, "found.json")
-        file.write_text(json.dumps({"weak": asdict(weak), "strong": asdict(whole)}))
+        file.write_text(json.dumps({"weak": asdict(weak), "strong": asdict(whole), "apart": asdict(apart)}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         module = ["-m", "bench.scaling_check", str(file), str(out)]
@@ -158,8 +170,9 @@ def _all_reduce(size: int) -> list[float]:
 
 
 def _steps(name: str, config: Config) -> Found:
-    with world(config, pick_device("cpu")) as here:
-        state = setup(config, here)
+    device = pick_device("cpu")
+    with world(config, device) as here:
+        state = setup(config, World(device) if name == "apart" else here)
         batches = list(islice(open_loader(state, 0, 2), 2))
         count = iter(range(WARM_UP + STEPS))
 

@@ -14,7 +14,7 @@ last one ends max(c, b/k + kc - b) after it: its own time, or what does not fit.
 (with a joint modulation a third of all) have no backward to hide under. A collective is a ring in a node, then one over
 the nodes (for an all-reduce with a tree's latency), in which each GPU exchanges its own part with its like elsewhere.
 
-`--check` measures 1, 2 and 4 processes here (gloo, CPU) and puts them beside what the model says (`bench.scaling_check`).
+`--check` measures 1, 2 and 4 processes here (gloo, CPU) and puts them beside the model: `bench.scaling_check`.
 """
 
 import argparse
