@@ -6,13 +6,15 @@ What goes into a prediction is measured apart from what it predicts: a step's se
 from one process at two batch sizes; latency and bandwidth of gloo from all-reduces between two processes. Processes
 share the cores: with n on c of them both take max(1, n / c) as long, and since gloo computes on the same cores as the
 step, a machine without a core left over hides no communication. Each launch measures everything once and launches are
-repeated in rotating order, since other programs come and go; medians over all, quartiles as the spread. Steps of the
-same processes apart, without any exchange, say whether an error is the communication's or the cores'.
+repeated in rotating order, since other programs come and go: of each size the half counts in which those used least of
+the machine. Medians, and quartiles as the spread. Steps of the same processes apart, without any exchange, say whether
+an error is the communication's or the cores'.
 """
 
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -54,23 +56,49 @@ def check(preset: str, rounds: int) -> Section:
     share = base.train.batch_size // max(PROCESSES)
     if share * max(PROCESSES) != base.train.batch_size:
         raise UserError(f"the preset {preset!r} has a batch of {base.train.batch_size}, expected a multiple of 4")
-    start, loads = time.monotonic(), [os.getloadavg()[0]]
-    found: dict[int, Found] = {n: {} for n in PROCESSES}
+    start = time.monotonic()
+    launches: dict[int, list[tuple[float, Found]]] = {n: [] for n in PROCESSES}
     for turn in range(rounds):
         k = turn % len(PROCESSES)
         for n in [*PROCESSES[k:], *PROCESSES[:k]]:
-            for name, seconds in launch(preset, n, share).items():
-                found[n].setdefault(name, []).extend(seconds)
-        loads.append(os.getloadavg()[0])
-    section = compare(found, share, os.cpu_count() or 1)
+            before, since = _others(), time.monotonic()
+            found = launch(preset, n, share)
+            launches[n].append(((_others() - before) / (time.monotonic() - since), found))
+    kept = quietest(launches)
+    section = compare(kept, share, os.cpu_count() or 1)
     section.seconds = time.monotonic() - start
-    section.notes.append(
-        f"{preset}, {share} images a process (weak) or {base.train.batch_size} a step (strong), {rounds} launches of "
-        f"{STEPS} steps each; load of the machine before and after each round: "
-        + ", ".join(f"{load:.1f}" for load in loads)
+    used = "; ".join(
+        f"{n} processes: " + ", ".join(f"{others:.2f}" for others, _ in sorted(found, key=lambda pair: pair[0]))
+        for n, found in launches.items()
     )
-    section.details["measured seconds"] = {str(n): values for n, values in found.items()}
+    section.notes += [
+        f"{preset}, {share} images a process (weak) or {base.train.batch_size} a step (strong), {rounds} launches of "
+        f"{STEPS} steps each, of which the half counts in which other programs used least of the machine",
+        f"cores that other programs used, launch by launch: {used}",
+    ]
+    section.details["launches"] = {str(n): found for n, found in launches.items()}
     return section
+
+
+def quietest(launches: dict[int, list[tuple[float, Found]]]) -> dict[int, Found]:
+    """What was measured while other programs used least: half of the launches of each size, chosen by load alone."""
+    kept: dict[int, Found] = {}
+    for n, found in launches.items():
+        kept[n] = {}
+        for _, values in sorted(found, key=lambda pair: pair[0])[: math.ceil(len(found) / 2)]:
+            for name, seconds in values.items():
+                kept[n].setdefault(name, []).extend(seconds)
+    return kept
+
+
+def _others() -> float:
+    """CPU seconds of this machine since its start without those of this process's children; 0 where Linux is not."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, *more = map(int, stat.read_text().split("\n")[0].split()[1:9])
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
 
 
 def compare(found: dict[int, Found], share: int, cores: int) -> Section:

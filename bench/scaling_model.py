@@ -277,7 +277,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             flag, type=type(f.default), default=f.default, help=f"{f.metadata['meaning']} (%(default)g)"
         )
     parser.add_argument("--check", action="store_true", help="measure 1, 2 and 4 processes on this machine as well")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of --check; 3 where not given")
+    parser.add_argument(
+        "--rounds", type=int, default=6, metavar="N", help="launches of each size in --check; 6 where not given"
+    )
     parser.add_argument("--check-preset", default="cpu", help="of bench/variants.py; cpu where not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not to the terminal")

@@ -151,6 +151,11 @@ def test_check_says_by_how_much_it_is_off() -> None:
     assert steps == pytest.approx({1: 1.0, 2: 0.5, 4: 0.5})
 
 
+def test_check_counts_the_quietest_half() -> None:
+    launches = [(0.5, {"weak": [9.0]}), (0.1, {"weak": [2.0, 3.0]}), (0.2, {"weak": [1.0]})]
+    assert scaling_check.quietest({4: launches}) == {4: {"weak": [2.0, 3.0, 1.0]}}
+
+
 def test_command(tmp_path: Path) -> None:
     files = tmp_path / "model.json", tmp_path / "model.md"
     command = ["--gpus", "1", "64", "--batch-size", "32", "--global-batch", "256", "--images-per-second", "600"]
