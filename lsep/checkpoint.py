@@ -1,31 +1,43 @@
-"""Checkpoints: weights, EMA and optimizer state as safetensors, the rest as JSON; whole or not there at all.
+"""Checkpoints: weights, EMA and optimizer state, written while training goes on; whole or not there at all.
 
-    RUN/checkpoints/0000200/{model,ema,optimizer}.safetensors, state.json
+    RUN/checkpoints/0000200/shard-00000-{model,ema,optimizer}.safetensors, manifest.json
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk leaves
-the earlier ones as they were. All randomness is a function of seed and step: the step is the whole random state.
+All processes save together, each what it holds, through `torch.distributed.checkpoint`; any number of processes loads
+it, whole or in shards. A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill
+or a full disk leaves the earlier ones as they were, and its files are checked (`lsep.shards`) before they are used.
+All randomness is a function of seed and step: the step is the whole random state.
 """
 
-import contextlib
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+import sys
+import threading
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
+from lsep import shards
 from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.optim import Optimizer
 
-_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+# A single process is the common case here, not a mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """How far a run has come; a field with a default may be missing in a checkpoint."""
 
     step: int
     """Optimizer steps done."""
@@ -33,6 +45,26 @@ class Progress:
     """Time spent in training steps, over all sessions of the run."""
     gpu_seconds: float = 0.0
     """Time that GPUs spent in them, summed over GPUs."""
+    data_offset: int = 0
+    """Steps whose data was left out after loss spikes."""
+
+
+class World(Protocol):
+    """This process among those that train together."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A world of one process, without a process group."""
+
+    rank: int = 0
+    size: int = 1
 
 
 def weights(objective: nn.Module) -> dict[str, Tensor]:
@@ -40,61 +72,157 @@ def weights(objective: nn.Module) -> dict[str, Tensor]:
     return {k.removeprefix("model."): v for k, v in objective.state_dict().items()}
 
 
-def save(folder: Path, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer) -> Path:
-    """Write the checkpoint of `progress.step` into `folder`; raises UserError when the disk does not take it."""
-    target = folder / f"{progress.step:07d}"
-    temporary = folder / f".{target.name}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for name, tensors in zip(_FILES, (weights(objective), weights(ema), optimizer.tensors()), strict=True):
-            _write_tensors(temporary / name, tensors)
-        sizes = {name: (temporary / name).stat().st_size for name in _FILES}
-        state = {**asdict(progress), "bytes": sizes, "torch": torch.__version__}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        _flush(temporary / "state.json")
-        _flush(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _flush(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        kept = latest(folder)
-        raise UserError(
-            f"{target}: the checkpoint could not be written ({error.strerror or error}); "
-            + (f"the one before, {kept.name}, is intact" if kept else "there is no earlier one")
-        ) from None
-    return target
+class Checkpoints:
+    """The checkpoints of a run under training. All processes make one, and call its methods at the same places."""
+
+    def __init__(self, folder: Path, keep_last: int = 0, keep_every: int = 0, world: World | None = None) -> None:
+        """keep_last, keep_every: see `prune`. What a kill left behind in `folder` is removed."""
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.world: World = world or Alone()
+        # The writing threads talk among themselves, while the training uses the other groups.
+        self.group = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        self.cuda = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(self.cuda, False, False, self.cuda))  # its memory is used again
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[str | None] | None = None
+        self.failure: str | None = None
+        """Why the last checkpoint could not be written, if so."""
+        if self.world.rank == 0:
+            for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer) -> None:
+        """Copy the state to the host's memory and write it from there, while training goes on.
+
+        From a GPU it is copied when this returns; on a CPU, where memory is no faster than a disk is, it is before the
+        next update. Waits for the save before. A disk that does not take it is a warning at the next call, and
+        `finish`'s error.
+        """
+        self.wait()
+        state, copied = self._deal(_state(objective, ema, optimizer.tensors())), threading.Event()
+        if self.cuda:
+            state = self._copy(state, copied)
+        else:
+            optimizer.before_step = copied.wait
+        self.writing = self.thread.submit(self._write, progress, state, copied)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk, or warn that it is not."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            self.failure = writing.result()
+            if self.failure:
+                self._warn(f"{self.failure}; training goes on, and the next checkpoint is tried")
+
+    def finish(self) -> None:
+        """Wait for the last save of a training; raises UserError when the disk did not take it."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            self.failure = writing.result()
+        if self.failure:
+            raise UserError(self.failure)
+
+    def close(self) -> None:
+        """Wait for what is being written and give the memory back."""
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
+            self.stager.close()
+
+    def load_newest(
+        self, objective: Objective, ema: Objective, optimizer: Optimizer, strict: bool = False
+    ) -> Progress | None:
+        """Load the newest whole checkpoint, None where there is none at all; a damaged one is named and passed over.
+
+        Raises UserError where all are damaged, and with `strict` where the newest is.
+        """
+        choice: list[Any] = [None, None]
+        if self.world.rank == 0:
+            try:
+                choice[0] = self._newest_whole(strict)
+            except UserError as error:
+                choice[1] = str(error)
+        if self.group is not None:
+            dist.broadcast_object_list(choice, src=0, group=self.group)
+        path, damage = choice
+        if damage is not None:
+            raise UserError(damage)
+        return None if path is None else load(path, objective, ema, optimizer)
+
+    def _newest_whole(self, strict: bool) -> Path | None:
+        found = steps(self.folder)
+        for path in reversed(found):
+            damage = shards.problems(path)
+            if not damage:
+                return path
+            if strict:
+                raise UserError(f"{damage[0]} (--strict); without it the checkpoint before is used")
+            self._warn(f"{damage[0]}; the checkpoint before is used")
+        if found:
+            raise UserError(f"{self.folder}: all {len(found)} checkpoints are damaged, see lsep checkpoint verify")
+        return None
+
+    def _deal(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's share: its part of what is sharded, and some of what all have, by size."""
+        held: dict[str, Tensor] = {k: v for k, v in state.items() if isinstance(v, DTensor)}
+        loads = [0] * self.world.size
+        for name in sorted(state.keys() - held.keys(), key=lambda name: (-state[name].nbytes, name)):
+            rank = loads.index(min(loads))
+            loads[rank] += state[name].nbytes
+            if rank == self.world.rank:
+                held[name] = state[name]
+        return held
+
+    def _copy(self, state: dict[str, Tensor], copied: threading.Event) -> dict[str, Tensor]:
+        try:
+            staged = self.stager.stage(state)
+        finally:
+            copied.set()
+        assert isinstance(staged, dict)
+        return staged
+
+    def _write(self, progress: Progress, state: dict[str, Tensor], copied: threading.Event) -> str | None:
+        """In the thread: copy, unless done, write, rename, prune; a sentence where the disk does not take it."""
+        staged = state if copied.is_set() else self._copy(state, copied)
+        target, main = self.folder / f"{progress.step:07d}", self.world.rank == 0
+        values = {**asdict(progress), "torch": torch.__version__, "world": self.world.size}
+        writer = shards.Writer(target, self.world.rank, values)
+        try:
+            dcp.save(staged, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        except CheckpointException as failed:
+            if main:
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+            error = next(iter(failed.failures.values()))[0]
+            if not isinstance(error, OSError):
+                raise error from None
+            kept = latest(self.folder)
+            return f"{target}: the checkpoint could not be written ({error.strerror or error}); " + (
+                f"the one before, {kept.name}, is intact" if kept else "there is no earlier one"
+            )
+        if main:
+            try:
+                prune(self.folder, self.keep_last, self.keep_every, progress.step)
+            except OSError as error:
+                self._warn(f"{self.folder}: earlier checkpoints could not be removed ({error.strerror or error})")
+        return None
+
+    def _warn(self, text: str) -> None:
+        if self.world.rank == 0:
+            tqdm.write(f"lsep: warning: {text}", file=sys.stderr)  # does not tear the progress bar
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-    except SafetensorError as error:  # its writer wraps the operating system's errors
-        raise OSError(str(error)) from None
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until the file or directory is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _state(objective: Objective, ema: Objective, optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under their names in it."""
+    parts = zip(shards.PARTS, (weights(objective), weights(ema), optimizer), strict=True)
+    return {f"{part}.{name}": tensor for part, tensors in parts for name, tensor in tensors.items()}
 
 
 def steps(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """The checkpoints in `folder`, whole or damaged, oldest first."""
     if not folder.is_dir():
         return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "state.json").is_file())
-    return sorted(found, key=lambda p: int(p.name))
+    return sorted((p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), key=lambda p: int(p.name))
 
 
 def latest(folder: Path) -> Path | None:
@@ -103,66 +231,122 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all checkpoints but the `keep_last` newest and those at multiples of `keep_every`; 0 newest means all."""
-    for path in steps(folder)[:-keep_last] if keep_last else ():
+def find(folder: Path, step: int | None) -> Path:
+    """The checkpoint of `step`, or the newest; raises UserError where there is none."""
+    found = steps(folder)
+    for path in reversed(found):
+        if step is None or int(path.name) == step:
+            return path
+    have = ", ".join(str(int(p.name)) for p in found) or "none"
+    raise UserError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}, found: {have}")
+
+
+def prune(folder: Path, keep_last: int, keep_every: int, step: int) -> None:
+    """Remove checkpoints up to `step` but the `keep_last` newest and the multiples of `keep_every`; 0 newest means all.
+
+    Later ones, passed over as damaged, do not count: they must not crowd out whole ones.
+    """
+    for path in [p for p in steps(folder) if int(p.name) <= step][:-keep_last] if keep_last else ():
         if not keep_every or int(path.name) % keep_every:
-            # Renamed first: a removal cut short must not leave a checkpoint that looks whole.
-            doomed = path.with_name(f".{path.name}.old")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shards.remove(path)
+
+
+def progress_of(path: Path) -> Progress:
+    """How far the run had come at the checkpoint `path`; raises UserError where its manifest does not say."""
+    values = shards.read_manifest(path).values
+    known: dict[str, Any] = {}
+    for field in fields(Progress):
+        value = values.get(field.name, field.default)
+        if value is MISSING or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**62:
+            shown = "missing" if value is MISSING else repr(value)[:40]
+            raise UserError(f"{path / shards.MANIFEST}: {field.name} is {shown}, expected a number")
+        known[field.name] = value
+    return Progress(**known)
 
 
 def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer) -> Progress:
-    """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit."""
-    progress = _read_state(path)
-    load_weights(path / "model.safetensors", objective)
-    load_weights(path / "ema.safetensors", ema)
+    """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit.
+
+    Reads from its files what this process holds; their contents must have been checked.
+    """
+    progress, found = progress_of(path), shards.describe(path)
+    state = _state(objective, ema, optimizer.templates())
+    for part in ("model", "ema"):
+        _require_fit(path, part, found, state)
+    states = sorted(name for name in found if name.startswith("optimizer."))
+    for name in states:
+        shown = name.removeprefix("optimizer.")
+        if name not in state:
+            raise UserError(f"{path}: unknown tensor {shown!r}")
+        if found[name].shape != state[name].shape:
+            raise UserError(f"{path}: {shown} is {tuple(found[name].shape)}, expected {tuple(state[name].shape)}")
+    wanted = {name: tensor for name, tensor in state.items() if name in found}
+    _read(path, wanted)
     try:
-        optimizer.load(read_tensors(path / "optimizer.safetensors"))
+        optimizer.load({name.removeprefix("optimizer."): wanted[name] for name in states})
     except UserError as error:
-        raise UserError(f"{path / 'optimizer.safetensors'}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return progress
 
 
-def _read_state(path: Path) -> Progress:
-    file = path / "state.json"
-    try:
-        state = json.loads(file.read_text())
-        sizes = {str(k): int(v) for k, v in state["bytes"].items()}
-        progress = Progress(int(state["step"]), float(state["seconds"]), float(state.get("gpu_seconds", 0)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a checkpoint of this program ({type(error).__name__}: {error})") from None
-    for name, size in sizes.items():
-        with contextlib.suppress(FileNotFoundError):
-            found = (path / name).stat().st_size
-            if found == size:
-                continue
-            raise UserError(f"{path / name}: truncated or changed, {found} bytes found and {size} expected")
-        raise UserError(f"{path / name}: missing, {size} bytes expected")
-    return progress
+def load_weights(path: Path, part: str, objective: Objective) -> None:
+    """Weights of the checkpoint `path`, `part` "model" or "ema" of it; its files of that part are checked first.
+
+    Raises UserError where one is damaged, and for every missing, unknown or misshapen tensor.
+    """
+    for problem in shards.problems(path, (part,)):
+        raise UserError(problem)
+    state = {f"{part}.{name}": tensor for name, tensor in weights(objective).items()}
+    _require_fit(path, part, shards.describe(path, (part,)), state)
+    _read(path, state)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU; raises UserError when it is none or is truncated."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
+    """All tensors of a part ("model", "ema" or "optimizer") of the checkpoint `path`, whole, on the CPU."""
+    state = {k: torch.empty_like(v, device="cpu") for k, v in shards.describe(path, (part,)).items()}
+    _read(path, state)
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items()}
 
 
-def load_weights(path: Path, objective: Objective) -> None:
-    """Weights as `weights` names them; every missing, unknown or misshapen tensor is an error."""
-    own, found = weights(objective), read_tensors(path)
-    for kind, names in (("missing", own.keys() - found.keys()), ("unknown", found.keys() - own.keys())):
+def _require_fit(path: Path, part: str, found: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raise UserError for a missing, unknown or misshapen tensor of `part`."""
+    prefix = f"{part}."
+    own, there = ({k.removeprefix(prefix) for k in names if k.startswith(prefix)} for names in (state, found))
+    for kind, names in (("missing", own - there), ("unknown", there - own)):
         if names:
             raise UserError(f"{path}: {len(names)} {kind} tensors for this model, the first {min(names)!r}")
-    for name, tensor in own.items():
-        if found[name].shape != tensor.shape:
-            raise UserError(f"{path}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
+    for name in sorted(own):
+        shape, expected = found[prefix + name].shape, state[prefix + name].shape
+        if shape != expected:
+            raise UserError(f"{path}: {name} is {tuple(shape)}, expected {tuple(expected)}")
+
+
+def _read(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state`, or this process's shards of them, from the files of a checkpoint."""
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def consolidate(path: Path, out: Path) -> None:
+    """Write {model,ema,optimizer}.safetensors of a checkpoint into the new folder `out`, under the published names.
+
+    Raises UserError where the checkpoint is damaged, or `out` is there already or cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out {out}: is there already, expected a new folder")
+    for problem in shards.problems(path):
+        raise UserError(problem)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for part in shards.PARTS:
+            file = temporary / f"{part}.safetensors"
+            save_file(read_tensors(path, part), file)
+            shards.flush(file)
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"--out {out}: cannot be written ({error})") from None

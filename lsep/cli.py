@@ -3,7 +3,6 @@
 Bad input ends with one sentence on stderr and exit code 2, an interrupted training with 130.
 """
 
-import errno
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lsep.arguments import Args, first_arguments, no_flags, parse, wants_help
-from lsep.errors import UserError, nearest
+from lsep.errors import DISK, UserError, nearest
 
 
 def train(argv: Args) -> None:
@@ -33,6 +32,8 @@ def train(argv: Args) -> None:
         """Directory of the run; an existing run of the same configuration is continued."""
         resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Continue from the newest checkpoint, and fail if there is none."""
+        strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Fail where the newest checkpoint is damaged, instead of going on from the one before."""
 
     defaults = TrainArgs(config=start)
     description = (
@@ -42,16 +43,20 @@ def train(argv: Args) -> None:
     args = parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
 
     from lsep.checkpoint import latest
+    from lsep.dist import rank
+    from lsep.signals import Preempted
     from lsep.train import train as run_training
 
     try:
-        run_training(args.config, args.run_dir, args.resume, preset=name or "")
-    except KeyboardInterrupt:
-        kept = latest(args.run_dir / "checkpoints")
-        again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
-        saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
-        print(f"\nstopped; {saved}", file=sys.stderr)
-        raise
+        run_training(args.config, args.run_dir, args.resume, preset=name or "", strict=args.strict)
+    except (KeyboardInterrupt, Preempted) as stopped:
+        if rank() == 0:
+            kept = latest(args.run_dir / "checkpoints")
+            again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
+            saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
+            print(f"\n{stopped or 'stopped'}; {saved}", file=sys.stderr)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
 
 
 def profile(argv: Args) -> None:
@@ -186,13 +191,20 @@ def data(argv: Args) -> None:
     data_main(argv)
 
 
+def checkpoint(argv: Args) -> None:
+    """verify, list or consolidate a run's checkpoints: lsep checkpoint --help"""
+    from lsep.checkpoint_commands import main as checkpoint_main
+
+    checkpoint_main(argv)
+
+
 COMMANDS: dict[str, Callable[[Args], None]] = {
-    c.__name__: c for c in (train, sample, report, data, presets, profile, doctor)
+    c.__name__: c for c in (train, sample, report, checkpoint, data, presets, profile, doctor)
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
     return (
         "usage: lsep COMMAND ...\n\n"
         "Fast training of flow transformers whose features are linearly separable (LSEP).\n\n"
@@ -222,7 +234,7 @@ def main(argv: Args | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno not in DISK:
             raise
         print(f"lsep: error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
         return 2

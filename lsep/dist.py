@@ -9,11 +9,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lsep.config import Config, DistConfig
 from lsep.errors import UserError
 
+T = TypeVar("T")
 EXIT_HUNG = 3
 """Exit code of a process that gave up on another."""
 _PULSE = 1.0
 """Seconds between two signs of life."""
 _GRACE = 30.0
 """Seconds beyond the collectives' own timeout after which a process gives up by itself."""
+_TRY = timedelta(seconds=2)
+"""How long an address is tried that may be an old one."""
 _LOST = ("Timed out", "timed out", "timeout", "Connection closed", "Connection reset", "Broken pipe", "NCCL")
 """Words in the errors of gloo and NCCL when another process is late or gone."""
 
@@ -58,13 +61,42 @@ class World:
             tensor /= self.size
         return tensor
 
-    def from_main(self, value: Any) -> Any:
-        """`value` of the first process, on all."""
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What `call` returns on the first process, on all; a UserError there ends all, with one message."""
         if self.size == 1:
-            return value
-        box = [value]
+            return call()
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                box[0] = call()
+            except UserError as error:
+                box[1] = str(error)
         dist.broadcast_object_list(box, src=0, group=self.host)
+        if box[1] is not None:
+            self._end(box[1])
         return box[0]
+
+    def together(self, call: Callable[[], T]) -> T:
+        """What `call` returns here; a UserError on any process ends all, with one message."""
+        if self.size == 1:
+            return call()
+        result, problem = None, None
+        try:
+            result = call()
+        except UserError as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * self.size
+        dist.all_gather_object(problems, problem, group=self.host)
+        if any(problems):
+            rank = next(r for r, text in enumerate(problems) if text)
+            self._end(problems[rank] if len(set(problems)) == 1 else f"rank {rank}: {problems[rank]}")
+        return cast(T, result)
+
+    def _end(self, text: str | None) -> None:
+        """The first process says it; the others end without a word of their own."""
+        if self.main:
+            raise UserError(text)
+        raise SystemExit(2)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -112,7 +144,8 @@ def world(config: Config, device: torch.device) -> Iterator[World]:
     timeout = timedelta(seconds=settings.timeout)
     joined = dist.is_initialized()
     if not joined:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        backend, store = "cpu:gloo,cuda:nccl" if cuda else "gloo", _fresh_store(timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=size)
     mesh = None
     if settings.mode == "fsdp":
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
@@ -129,6 +162,31 @@ def world(config: Config, device: torch.device) -> Iterator[World]:
     watch.stop()
     if not joined:
         dist.destroy_process_group()  # not after an error: the others may never answer
+
+
+def _fresh_store(timeout: timedelta) -> dist.TCPStore:
+    """A store of these processes alone, kept by the first of them.
+
+    torchrun's own outlives a restart of its processes, and in it the addresses of the dead ones, which the new ones
+    would call. It only tells where the new store is; what is no store, or one joined before, is an old entry.
+    """
+    common, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    host, key = os.environ["MASTER_ADDR"], "lsep/store"
+    if rank() == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        common.set(key, str(store.port))
+        return store
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        port = int(common.get(key))
+        with suppress(dist.DistError):
+            store = dist.TCPStore(host, port, is_master=False, timeout=_TRY, wait_for_workers=False)
+            if store.add(f"joined/{rank()}", 1) == 1:
+                store.set_timeout(timeout)
+                return store
+        if time.monotonic() > end:
+            raise UserError(f"rank {rank()}: the first process is not at {host}:{port} after {timeout.seconds} s")
+        time.sleep(0.1)
 
 
 def _replicas(settings: DistConfig, size: int) -> int:
@@ -152,23 +210,23 @@ class Agreement:
         self.flag = torch.zeros((), dtype=torch.int64)
         self.work: dist.Work | None = None
 
-    def __call__(self, asked: bool) -> bool:
-        """To be called once a step by every process."""
+    def __call__(self, asked: int) -> int:
+        """The largest number that any process has given, 0 is none; to be called once a step by every process."""
         if self.world.size == 1:
             return asked
         agreed = self.close()
         if not agreed:
-            self.flag.fill_(int(asked))
+            self.flag.fill_(asked)
             self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.world.host, async_op=True)
         return agreed
 
-    def close(self) -> bool:
+    def close(self) -> int:
         """Wait for the exchange under way, if there is one; its outcome."""
         if self.work is None:
-            return False
+            return 0
         self.work.wait()
         self.work = None
-        return bool(self.flag)
+        return int(self.flag)
 
 
 class Watch:

@@ -1,5 +1,10 @@
 """The one exception for what a user can put right: its text is one sentence, and the command ends with exit code 2."""
 
+import errno
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""Numbers of the errors of a disk that takes nothing: full, over quota, limited, read-only, closed to this user."""
+
 
 class UserError(Exception):
     """Bad input: says which file, field or flag, what was found and what was expected."""

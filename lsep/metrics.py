@@ -2,9 +2,11 @@
 
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from lsep.errors import UserError
+from lsep.errors import DISK, UserError
 from lsep.run import Run
 
 
@@ -28,10 +30,12 @@ class Logger:
 
     def log(self, values: dict[str, Any]) -> None:
         """One line of metrics; step, loss, probe accuracy and images/s also go to the terminal."""
-        self.run.append_metrics(values)
+        with self.outliving("metrics.jsonl"):
+            self.run.append_metrics(values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, values["step"])
+        with self.outliving("TensorBoard's events"):
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, values["step"])
         if self.wandb is not None:
             self.wandb.log(numbers, step=values["step"])
         accuracy = values["probe_accuracy"]
@@ -53,11 +57,38 @@ class Logger:
         print(text, flush=True)
         self.bar.refresh()
 
+    @contextmanager
+    def outliving(self, what: str) -> Iterator[None]:
+        """A disk that does not take `what`, which training can do without, is said and no more."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            self.say(f"{what} could not be written ({error.strerror}); training goes on")
+
     def close(self) -> None:
         self.bar.close()
-        self.tensorboard.close()
+        with self.outliving("TensorBoard's events"):
+            self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class Quiet:
+    """The logger of every process but the first: says nothing."""
+
+    def advance(self) -> None:
+        pass
+
+    def log(self, values: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _minutes(seconds: float) -> str:

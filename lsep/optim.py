@@ -7,7 +7,7 @@ A checkpoint holds the same tensors whichever wrote it.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,9 @@ Named = dict[str, nn.Parameter]
 class Optimizer(Protocol):
     """What a training step needs of an optimizer."""
 
+    before_step: Callable[[], object]
+    """Called before an update changes anything; where a checkpoint is being copied, it waits for that."""
+
     def set_rate(self, factor: float) -> None:
         """The rates of the next step, as a multiple of their base."""
 
@@ -40,6 +43,9 @@ class Optimizer(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """The state: `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` of every parameter that has one."""
+
+    def templates(self) -> dict[str, Tensor]:
+        """Empty tensors for `tensors` of every parameter, also where there is no state yet, to be read into."""
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take a state over that belongs to the weights there are now; raises UserError where it does not fit."""
@@ -75,6 +81,10 @@ def rate_factor(step: int, config: OptimConfig, steps: int) -> float:
         return 1.0
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _at_once() -> None:
+    """Nothing to wait for."""
 
 
 def _named(objective: Objective) -> Named:
@@ -114,6 +124,7 @@ class LibraryOptimizer:
     """torch's fused AdamW or apex's FusedAdam, between clipping and the EMA."""
 
     def __init__(self, objective: Objective, ema: nn.Module, config: OptimConfig, by: str, world: World) -> None:
+        self.before_step: Callable[[], object] = _at_once
         self.config, self.by, self.world, self.named = config, by, world, _named(objective)
         self.averages = [local(p.detach()) for p in ema.parameters()]
         self.parts = _parts(self.named)
@@ -140,6 +151,7 @@ class LibraryOptimizer:
 
     @torch.no_grad()
     def step(self) -> Tensor:
+        self.before_step()
         grads = _take_gradients(self.named, self.parts)
         if self.world.mesh is None:
             norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
@@ -170,6 +182,9 @@ class LibraryOptimizer:
                         out[f"step.{name}"] = torch.tensor(float(group["step"]))
         return out
 
+    def templates(self) -> dict[str, Tensor]:
+        return _templates(self.named)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         for name, state in _states(self.named, tensors):
             step, p = state.pop("step"), self.parts[name]
@@ -192,6 +207,7 @@ class OneOperation:
         world: World,
         copies: Objective | None,
     ) -> None:
+        self.before_step: Callable[[], object] = _at_once
         self.world, self.clip, self.named = world, config.clip, _named(objective)
         self.parts = _parts(self.named)
         params: list[Tensor] = [p.detach() for p in self.parts.values()]
@@ -232,6 +248,7 @@ class OneOperation:
 
     @torch.no_grad()
     def step(self) -> Tensor:
+        self.before_step()
         if self.world.mesh is not None:
             clipped = _clip_shards(_take_gradients(self.named, self.parts), self.clip, self.world)
         self.updated |= {name for name, p in self.learning.items() if p.grad is not None}
@@ -253,6 +270,9 @@ class OneOperation:
                 }
         return out
 
+    def templates(self) -> dict[str, Tensor]:
+        return _templates(self.named)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         places = {name: i for i, name in enumerate(self.named)}
         steps = 0
@@ -265,6 +285,14 @@ class OneOperation:
         if self.copies is not None:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, list(self.named.values()))
+
+
+def _templates(named: Named) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, p in named.items():
+        out |= {f"step.{name}": torch.zeros(())}
+        out |= {f"{key}.{name}": torch.empty_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return out
 
 
 def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

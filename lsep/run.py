@@ -1,9 +1,16 @@
 """A run directory: its configuration, its checkpoints, its metrics, its sample grids.
 
 RUN/config.json  metrics.jsonl  results.json  checkpoints/  samples/  tensorboard/  report.html
+RUN/lock  while a training runs: its host, its pid, when that process began, and since when it trains
 """
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,7 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.report_file = self.path / "report.html"
+        self.lock_file = self.path / "lock"
 
     @classmethod
     def existing(cls, path: str | Path) -> "Run":
@@ -47,8 +55,63 @@ class Run:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}): choose another "
                     f"--run-dir, or give the same values to continue it"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(p != self.lock_file for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json): choose another --run-dir")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Around a training: no other one can run in this directory. A lock left behind by a kill is taken over.
+
+        Raises UserError where the directory is in use, may be so on another host, or cannot be written.
+        """
+        made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with _alone(self.path):
+                self._end_stale_lock()
+                self._write_lock()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            self.lock_file.unlink(missing_ok=True)
+            if made:
+                with contextlib.suppress(OSError):  # what was refused leaves nothing behind
+                    self.path.rmdir()
+
+    def _write_lock(self) -> None:
+        entry = {**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
+        with self.lock_file.open("x") as file:
+            try:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+            except OSError:
+                self.lock_file.unlink()
+                raise
+
+    def _end_stale_lock(self) -> None:
+        """Remove the lock of a process that is gone; raises UserError where it is there, or where nobody can tell."""
+        if not self.lock_file.exists():
+            return
+        try:
+            holder = json.loads(self.lock_file.read_text())
+            host, pid, since = holder["host"], int(holder["pid"]), holder["since"]
+            start = holder["start"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self.lock_file}: not a lock of this program; remove it if no training runs in {self.path}"
+            ) from None
+        who = f"process {pid} on host {host!r} since {since}"
+        if host != socket.gethostname():
+            raise UserError(
+                f"{self.path} is in use by {who}: choose another --run-dir, or remove {self.lock_file} if that "
+                "training is over"
+            )
+        if start == _start_of(pid):
+            raise UserError(f"{self.path} is in use by {who}: wait for it, stop it, or choose another --run-dir")
+        print(f"{self.path}: taking over the lock of {who}, which is gone", flush=True)
+        self.lock_file.unlink()
 
     def open(self, config: Config, manifest: Manifest, preset: str) -> None:
         """Write the resolved `config` of a run that starts or goes on here."""
@@ -105,8 +168,15 @@ class Run:
         write_atomic(self.metrics_file, "".join(kept))
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Add a line, or, where the disk does not take it, leave the file as it was and raise OSError."""
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line would hide all that follow
+                os.truncate(self.metrics_file, size)
+            raise
 
     def results(self) -> dict[str, Any]:
         """Figures of the finished run."""
@@ -118,3 +188,40 @@ def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process of this host began, in clock ticks since boot, so that one with its number again is not it.
+
+    None where there is none; 0 for one of a system without /proc.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+        return int(text.rpartition(")")[2].split()[19])  # the name before may hold spaces
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process of this host is in here for `folder`: two that find the same stale lock come one by one."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

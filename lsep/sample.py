@@ -155,16 +155,12 @@ def save_npz(x: Tensor, labels: Tensor, path: Path, manifest: Manifest) -> None:
 def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[SiT, Config, Manifest, int]:
     """EMA model of a run's newest checkpoint (or that of `step`) in eval mode, configuration, data and step."""
     config, manifest = run.config(), run.manifest()
-    path = checkpoint.latest(run.checkpoints) if step is None else run.checkpoints / f"{step:07d}"
-    if path is None or not path.is_dir():
-        have = ", ".join(str(int(p.name)) for p in checkpoint.steps(run.checkpoints)) or "none"
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise UserError(f"{run.checkpoints}: {wanted}, found: {have}")
+    path = checkpoint.find(run.checkpoints, step)
     # What a run was trained with need not be here; to sample, whatever runs will do.
     anywhere = replace(config, backend=BackendConfig(), train=replace(config.train, fp8=False))
     chosen = backends.choose(anywhere, torch.device(device))
     objective = Objective(config, manifest, chosen.ops)
-    checkpoint.load_weights(path / "ema.safetensors", objective)
+    checkpoint.load_weights(path, "ema", objective)
     return objective.model.to(device).eval(), config, manifest, int(path.name)
 
 

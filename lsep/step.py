@@ -25,9 +25,10 @@ from lsep.dist import World
 from lsep.errors import UserError
 from lsep.graphs import Graphs
 from lsep.metrics import require_wandb
+from lsep.model import SiT
 from lsep.objective import Losses, Objective
 from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
-from lsep.parallel import OneProcess, Parallel, Replicas, Shards, shard
+from lsep.parallel import OneProcess, Parallel, Replicas, Shards, gathered, shard
 from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
 
@@ -144,6 +145,19 @@ def _spread(
     reduce = types.get(config.dist.reduce, next(learning.parameters()).dtype)
     whole = forward if isinstance(forward, nn.Module) else learning
     return Replicas(whole, learning.classifier, world, reduce)
+
+
+def average_model(state: State) -> SiT | None:
+    """The backbone with the averaged weights, whole; where they are shards, on the first process only. All call it."""
+    if state.world.mesh is None:
+        return state.ema.model if state.world.main else None
+    weights = gathered(p.detach() for p in state.ema.model.parameters())
+    if not state.world.main:
+        return None
+    model = SiT(state.config, state.objective.ops).to(state.device).eval().requires_grad_(False)
+    for p, whole in zip(model.parameters(), weights, strict=True):
+        p.copy_(whole)
+    return model
 
 
 def open_loader(state: State, first: int, last: int) -> Loader:

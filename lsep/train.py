@@ -1,234 +1,228 @@
-"""Training: the loop around `lsep.step`, with its logs, checkpoints and clock.
+"""Training: the loop around `lsep.step`, with its logs, checkpoints, signals and what to do when it goes wrong.
 
 from lsep.config import PRESETS
 from lsep.train import train
 train(PRESETS["quickstart"], "runs/mine")
 """
 
-import math
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lsep import checkpoint, overhead
+from lsep import overhead, sample
+from lsep.checkpoint import Checkpoints, Progress, latest
 from lsep.config import Config
 from lsep.data.loader import Batch
-from lsep.dist import launched
+from lsep.diagnose import not_finite
+from lsep.dist import Agreement, world
 from lsep.errors import UserError
-from lsep.metrics import Logger
-from lsep.objective import TIME_BINS
-from lsep.optim import rate_factor
+from lsep.metrics import Logger, Quiet
 from lsep.run import Run
-from lsep.step import State, open_loader, setup, train_step
+from lsep.signals import Preempted, heard
+from lsep.step import State, average_model, open_loader, pick_device, setup, train_step
+from lsep.window import Clock, Spikes, Window
 
-MAX_LOST = 10
-"""A run ends when no step of so many, and of a whole log window, has a finite gradient."""
+MAX_ROLLBACKS = 5
+"""Returns to the same checkpoint after which a run ends."""
 
 
-def train(config: Config, run_dir: str | Path, resume: bool = False, preset: str = "custom") -> Run:
+def train(
+    config: Config, run_dir: str | Path, resume: bool = False, preset: str = "custom", strict: bool = False
+) -> Run:
     """Train into `run_dir`, or go on with the run there; returns it with checkpoints, metrics, samples and report.
 
-    resume: the run must have a checkpoint (otherwise one is used when it is there). Raises UserError on bad input, and
-    KeyboardInterrupt after a Ctrl-C, once a checkpoint is written.
+    Under torchrun all processes call this. resume: the run must have a checkpoint (otherwise one is used when it is
+    there). strict: the newest checkpoint must be whole (otherwise the newest whole one is used). Raises UserError on
+    bad input; once a checkpoint is written KeyboardInterrupt after a Ctrl-C and Preempted after SIGTERM or SIGUSR1.
     """
-    from lsep import report
-
-    if launched() > 1:
-        raise UserError(f"WORLD_SIZE is {launched()}: this version trains in one process, expected 1")
     run = Run(run_dir)
-    if resume and checkpoint.latest(run.checkpoints) is None:
-        raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
-    state = setup(config)
-    run.check(state.config, state.source.manifest)
-    progress = checkpoint.Progress(0, 0.0)
-    found = checkpoint.latest(run.checkpoints)
-    if found is not None:
-        progress = checkpoint.load(found, state.objective, state.ema, state.optimizer)
-    if progress.step > config.train.steps:
-        raise UserError(f"--train.steps is {config.train.steps}, but {run.path} is at step {progress.step} already")
-    run.open(state.config, state.source.manifest, preset)
-    if run.results().get("steps") == progress.step == config.train.steps:
-        print(f"{run.path}: already at step {progress.step} of {config.train.steps}, nothing to train")
-        return run
-    run.forget_after(progress.step)
-    logger = Logger(run, progress.step, state.config.train.steps, config.train.wandb, asdict(state.config))
-    try:
-        if progress.step:
-            logger.say(f"continuing {run.path} at step {progress.step}")
-        with _interruptible() as interrupted:
-            batches = _loop(state, run, logger, progress, interrupted)
-        if interrupted():
-            raise KeyboardInterrupt
+    with world(config, pick_device(config.train.device)) as here, ExitStack() as stack:
+        here.at("the start")
+        if resume and latest(run.checkpoints) is None:
+            raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
+        state = here.together(lambda: setup(config, here))
 
-        def measured() -> dict[str, Any]:
-            rounds = config.train.overhead_rounds if config.probe.enabled else 0
-            return overhead.measure(state, batches, rounds) if batches and rounds else {}
+        def take() -> None:
+            stack.enter_context(run.locked())
+            run.check(state.config, state.source.manifest)
 
-        results = report.finish(state.ema.model, state.config, state.source.manifest, run, state.device, measured)
-        logger.say(results)
-    finally:
-        logger.close()
+        here.on_main(take)
+        checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
+        stack.enter_context(closing(checkpoints))
+        _Training(state, run, checkpoints).run_from_newest(preset, strict)
     return run
 
 
-def _loop(
-    state: State, run: Run, logger: Logger, progress: checkpoint.Progress, interrupted: Callable[[], bool]
-) -> list[Batch]:
-    """Train to the end, or until interrupted; a copy of the last step's batches."""
-    config, step = state.config.train, progress.step
-    clock = _Clock(state.device, progress)
-    window = _Window(state, step, progress.seconds)
-    loader = open_loader(state, step, config.steps)
-    for batches in loader:
-        with clock.step():
-            window.add(train_step(state, step, batches))
-        step += 1
-        logger.advance()
-        stop = step == config.steps or interrupted()
-        save = stop or step % config.checkpoint_every == 0
-        if save or step % config.log_every == 0:  # a checkpoint closes the window, so that resuming repeats it
-            logger.log({**window.close(step, clock), "skipped_rows": loader.skipped})
-        if save:
-            with clock.paused():
-                checkpoint.save(
-                    run.checkpoints,
-                    checkpoint.Progress(step, clock.seconds, clock.gpu_seconds),
-                    state.objective,
-                    state.ema,
-                    state.optimizer,
-                )
-                checkpoint.prune(run.checkpoints, config.keep_last, config.keep_every)
-        if config.sample_every and step % config.sample_every == 0 and step < config.steps:
-            with clock.paused():
-                _draw_grid(state, run, step)
-        if stop:
-            return [Batch(*(t.clone() for t in batch)) for batch in batches]
-    return []
+@dataclass(frozen=True)
+class _Outcome:
+    """How a loop ended: at the last step, by a signal, or by a spike that asks for a rollback."""
+
+    step: int
+    batches: list[Batch]
+    """A copy of the last step's."""
+    signum: int = 0
+    rollback: bool = False
 
 
-def _draw_grid(state: State, run: Run, step: int) -> None:
-    from lsep import sample
+class _Training:
+    """One session of a run, on one of its processes."""
 
-    labels = sample.grid_labels(state.config.sample.num, state.source.manifest.num_classes)
-    x = sample.draw(state.ema.model, state.config, labels, state.config.train.seed)
-    sample.save_grid(sample.to_images(x, state.source.manifest), run.samples / f"step-{step:07d}.png")
+    def __init__(self, state: State, run: Run, checkpoints: Checkpoints) -> None:
+        self.state, self.run, self.checkpoints = state, run, checkpoints
+        self.world, self.settings = state.world, state.config.train
+        self.logger: Logger | Quiet = Quiet()
 
+    def run_from_newest(self, preset: str, strict: bool) -> None:
+        """Load, train to the end, and draw, measure and report."""
+        state, steps = self.state, self.settings.steps
+        progress = self.load(strict)
 
-class _Window:
-    """Statistics of the steps since the last log, summed on the device."""
+        def start() -> bool:
+            if progress.step > steps:
+                raise UserError(f"--train.steps is {steps}, but {self.run.path} is at step {progress.step} already")
+            self.run.open(state.config, state.source.manifest, preset)
+            if self.run.results().get("steps") == progress.step == steps:
+                print(f"{self.run.path}: already at step {steps} of {steps}, nothing to train")
+                return False
+            self.run.forget_after(progress.step)
+            self.logger = Logger(self.run, progress.step, steps, self.settings.wandb, asdict(state.config))
+            return True
 
-    def __init__(self, state: State, step: int, seconds: float) -> None:
-        self.state, self.step, self.seconds = state, step, seconds
-        self.sums: Tensor | None = None
-        self.lost = 0
-        """Steps skipped one after the other, in windows in which all were."""
-
-    def add(self, statistics: Tensor) -> None:
-        self.sums = statistics if self.sums is None else self.sums + statistics
-
-    def close(self, step: int, clock: "_Clock") -> dict[str, Any]:
-        """The figures of metrics.jsonl at `step`; the one place where the host waits for the device."""
-        assert self.sums is not None
-        config, count = self.state.config, step - self.step
-        *values, skipped = self.sums.tolist()
-        done = count - int(skipped)
-        self.lost = 0 if done else self.lost + count
-        if self.lost >= MAX_LOST or not all(map(math.isfinite, values)):
-            raise UserError(
-                f"no step from {step - self.lost + 1} to {step} has a finite loss and gradient: "
-                "start another --run-dir with a lower --optim.lr"
-            )
-        denoising, lsep, norm = (v / done if done else None for v in values[:3])
-        hits, counts = values[3 : 3 + TIME_BINS], values[3 + TIME_BINS :]
-        seconds = clock.seconds
-        line = {
-            "step": step,
-            "epoch": step / self.state.steps_per_epoch,
-            "images": step * config.train.batch_size,
-            "seconds": round(seconds, 3),
-            "gpu_seconds": round(clock.gpu_seconds, 3) if clock.cuda else None,
-            "loss": None if denoising is None or lsep is None else denoising + lsep,
-            "denoising": denoising,
-            "lsep": lsep,
-            "grad_norm": norm,
-            "skipped_steps": int(skipped),
-            "lr": config.optim.lr * rate_factor(step - 1, config.optim, config.train.steps),
-            "probe_accuracy": sum(hits) / sum(counts) if sum(counts) else None,
-            "probe_accuracy_by_time": [h / c if c else None for h, c in zip(hits, counts, strict=True)],
-            "images_per_second": count * config.train.batch_size / max(seconds - self.seconds, 1e-9),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(clock.device) if clock.cuda else None,
-        }
-        self.step, self.seconds, self.sums = step, seconds, None
-        return line
-
-
-class _Clock:
-    """Seconds spent training: the time for checkpoints and sample grids is left out."""
-
-    def __init__(self, device: torch.device, before: checkpoint.Progress) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
-        self.start = time.perf_counter() - before.seconds
-        self.gpu = before.gpu_seconds
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    @property
-    def gpu_seconds(self) -> float:
-        """From the begin to the end of each step on the GPU: waiting for data is left out. Waits for the last step."""
-        for begin, end in self.events:
-            end.synchronize()
-            self.gpu += begin.elapsed_time(end) / 1e3
-        self.events.clear()
-        return self.gpu
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around a step."""
-        if not self.cuda:
-            yield
+        if not self.world.on_main(start):
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        yield
-        end.record()
-        self.events.append((begin, end))
+        try:
+            if progress.step:
+                self.logger.say(f"continuing {self.run.path} at step {progress.step}")
+            with heard() as asked:
+                outcome = self.train(progress, asked)
+            self.checkpoints.finish()
+            if outcome.signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            if outcome.signum:
+                raise Preempted(outcome.signum, outcome.step)
+            self.finish(outcome.batches)
+        finally:
+            self.logger.close()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-        before = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - before
+    def load(self, strict: bool = False) -> Progress:
+        """The newest checkpoint's state, or the beginning."""
+        state = self.state
+        found = self.checkpoints.load_newest(state.objective, state.ema, state.optimizer, strict)
+        progress = found or Progress(0, 0.0)
+        state.offset = progress.data_offset
+        return progress
+
+    def train(self, progress: Progress, asked: Callable[[], int]) -> _Outcome:
+        """Loop until the end or a signal, going back to the last checkpoint after spikes that ask for it."""
+        rollbacks: dict[int, int] = {}
+        while True:
+            outcome = self.loop(progress, asked)
+            if not outcome.rollback:
+                return outcome
+            self.checkpoints.wait()
+            offset = self.state.offset
+            progress = self.load()
+            rollbacks[progress.step] = rollbacks.get(progress.step, 0) + 1
+            if rollbacks[progress.step] > MAX_ROLLBACKS:
+                raise UserError(
+                    f"{self.run.path}: {MAX_ROLLBACKS} returns to step {progress.step} have not ended the loss spikes: "
+                    "start another --run-dir with a lower --optim.lr"
+                )
+            # What came between them and the checkpoint is left out, also by what is resumed from here.
+            self.state.offset = offset + outcome.step - progress.step
+            self.world.on_main(partial(self.run.forget_after, progress.step))
+            self.logger.say(
+                f"back at step {progress.step}; the data of {outcome.step - progress.step} steps is left out"
+            )
+
+    def loop(self, progress: Progress, asked: Callable[[], int]) -> _Outcome:
+        state, settings, world, step = self.state, self.settings, self.world, progress.step
+        clock, window, spikes = Clock(world, progress), Window(state, progress), Spikes(settings.spike_factor)
+        agreement = Agreement(world)
+        loader = open_loader(state, step, settings.steps)
+        world.at(f"the data of step {step + 1}")
+        for batches in loader:
+            world.at(f"the exchange of gradients of step {step + 1}")
+            with clock.step():
+                window.add(train_step(state, step, batches))
+            step += 1
+            self.logger.advance()
+            world.at(f"whether to stop after step {step}")
+            signum = agreement(asked())
+            stop = step == settings.steps or signum > 0
+            save = stop or step % settings.checkpoint_every == 0
+            spike = None
+            if save or step % settings.log_every == 0:  # a checkpoint closes the window, so that resuming repeats it
+                world.at(f"the averages of step {step}")
+                line = window.close(step, clock)
+                if window.skipped_in_a_row >= settings.max_skipped:
+                    self.give_up(step, window.skipped_in_a_row, batches)
+                self.logger.log({**line, "skipped_rows": loader.skipped})
+                spike = spikes.seen(line["loss"]) if settings.on_spike != "off" else None
+                if spike is not None:
+                    self.logger.say(f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before")
+            if spike is not None and settings.on_spike == "rollback":
+                agreement.close()
+                return _Outcome(step, [], rollback=True)
+            if save:
+                world.at(f"the checkpoint of step {step}")
+                with clock.paused():
+                    gpu_seconds = line["gpu_seconds"] or progress.gpu_seconds  # a run may go on without a GPU
+                    now = Progress(step, clock.seconds, gpu_seconds, state.offset)
+                    self.checkpoints.save(now, state.objective, state.ema, state.optimizer)
+            if settings.sample_every and step % settings.sample_every == 0 and step < settings.steps:
+                world.at(f"the samples of step {step}")
+                with clock.paused():
+                    self.draw_grid(step)
+            if stop:
+                agreement.close()
+                return _Outcome(step, [Batch(*(t.clone() for t in batch)) for batch in batches], signum)
+            world.at(f"the data of step {step + 1}")
+        return _Outcome(step, [])
+
+    def give_up(self, step: int, skipped: int, batches: list[Batch]) -> None:
+        """End the run, saying what is not finite."""
+        clause = not_finite(self.state, step - 1, batches)
+        kept = latest(self.run.checkpoints)
+        saved = f"{kept} is intact" if kept else "there is no checkpoint yet"
+        self.world.on_main(
+            lambda: _fail(
+                f"{skipped} steps in a row up to step {step} had no finite gradient and were skipped: {clause}; "
+                f"{saved}; start another --run-dir with a lower --optim.lr, or raise --train.max-skipped"
+            )
+        )
+
+    def draw_grid(self, step: int) -> None:
+        model = average_model(self.state)
+        if model is not None:
+            config, manifest = self.state.config, self.state.source.manifest
+            labels = sample.grid_labels(config.sample.num, manifest.num_classes)
+            x = sample.draw(model, config, labels, config.train.seed)
+            sample.save_grid(sample.to_images(x, manifest), self.run.samples / f"step-{step:07d}.png")
+        self.world.barrier()
+
+    def finish(self, batches: list[Batch]) -> None:
+        """The last samples, the cost of LSEP, results and report."""
+        from lsep import report
+
+        state, model = self.state, average_model(self.state)
+        self.world.at("the samples and the report at the end")
+
+        def measured() -> dict[str, Any]:
+            rounds = self.settings.overhead_rounds if state.config.probe.enabled else 0
+            return overhead.measure(state, batches, rounds) if batches and rounds else {}
+
+        if model is None:
+            measured()
+        else:
+            results = report.finish(model, state.config, state.source.manifest, self.run, state.device, measured)
+            self.logger.say(results)
+        self.world.barrier()
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the loop to stop after its step; a second one stops at once."""
-    asked = threading.Event()
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _fail(text: str) -> None:
+    raise UserError(text)

@@ -75,8 +75,11 @@ def test_bf16_weights_are_copies_of_the_masters(store: Path, tmp_path: Path, by:
     assert state.learning is not state.objective
     for master, work in zip(state.objective.parameters(), state.learning.parameters(), strict=True):
         assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), work)
-    path = checkpoint.save(tmp_path, checkpoint.Progress(6, 0.0), state.objective, state.ema, state.optimizer)
-    assert {t.dtype for t in checkpoint.read_tensors(path / "model.safetensors").values()} == {torch.float32}
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(checkpoint.Progress(6, 0.0), state.objective, state.ema, state.optimizer)
+    checkpoints.finish()
+    path = tmp_path / "0000006"
+    assert {t.dtype for t in checkpoint.read_tensors(path, "model").values()} == {torch.float32}
     again = setup(tiny(train__weights="bf16", **changes))
     checkpoint.load(path, again.objective, again.ema, again.optimizer)
     for s in (state, again):

@@ -38,7 +38,7 @@ def test_the_overhead_is_measured_and_changes_nothing_saved(store: Path, tmp_pat
     assert "<th>LSEP overhead<td>+" in run.report_file.read_text()
     without = train(tiny(train__batch_size=40, **changes), tmp_path / "without")
     assert "lsep_overhead" not in without.results() and "LSEP overhead" not in without.report_file.read_text()
-    states = [read_tensors(r.checkpoints / "0000002" / "ema.safetensors") for r in (run, without)]
+    states = [read_tensors(r.checkpoints / "0000002", "ema") for r in (run, without)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     plain = train(tiny(train__overhead_rounds=9, probe__enabled=False, **changes), tmp_path / "plain")
     assert "lsep_overhead" not in plain.results()

@@ -18,6 +18,7 @@ from lsep.backends import missing_compiler
 from lsep.config import Config, flat
 from lsep.errors import UserError
 from lsep.run import Run
+from lsep.shards import PARTS
 from lsep.step import State, open_loader, setup, train_step
 from lsep.train import train
 
@@ -41,8 +42,7 @@ def command(run_dir: Path, config: Config, *more: str) -> list[str]:
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     path = run_dir / "checkpoints" / f"{step:07d}"
-    files = ("model", "ema", "optimizer")
-    return {f"{f}:{k}": v for f in files for k, v in checkpoint.read_tensors(path / f"{f}.safetensors").items()}
+    return {f"{part}:{k}": v for part in PARTS for k, v in checkpoint.read_tensors(path, part).items()}
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -231,8 +231,8 @@ def test_refusals_leave_the_configuration_alone(store: Path, tmp_path: Path) -> 
     before = run.config_file.read_bytes()
     with pytest.raises(UserError, match="--train.steps is 2, but .* is at step 4 already"):
         train(tiny(data__path=str(store), train__steps=2), run.path)
-    os.truncate(run.checkpoints / "0000004" / "model.safetensors", 100)
-    with pytest.raises(UserError, match="model.safetensors: truncated"):
+    os.truncate(run.checkpoints / "0000004" / "shard-00000-model.safetensors", 100)
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
         train(tiny(data__path=str(store), train__steps=8), run.path, resume=True)
     assert run.config_file.read_bytes() == before
 
@@ -272,6 +272,7 @@ def test_infinite_loss_stops_with_the_step(store: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
+    """And while it runs, nothing else can train there."""
     config = tiny(data__path=str(store), train__steps=100_000, train__checkpoint_every=100_000)
     process = subprocess.Popen(
         command(tmp_path / "run", config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -279,6 +280,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None
     assert process.stdout is not None
     while "step 4/" not in process.stdout.readline():
         assert process.poll() is None
+    with pytest.raises(UserError, match=f"run is in use by process {process.pid} on host .*: wait for it, stop it, or"):
+        train(config, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -287,6 +290,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None
     last = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert last is not None and int(last.name) >= 4
     assert Run(tmp_path / "run").metrics()[-1]["step"] == int(last.name)
+    assert not Run(tmp_path / "run").lock_file.exists()
 
 
 def test_full_disk_leaves_the_earlier_checkpoint(store: Path, tmp_path: Path) -> None:
@@ -294,15 +298,18 @@ def test_full_disk_leaves_the_earlier_checkpoint(store: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     train(tiny(data__path=str(store), train__steps=4), run)
     before = tensors(run, 4)
-    size = (run / "checkpoints" / "0000004" / "model.safetensors").stat().st_size
+    size = (run / "checkpoints" / "0000004" / "shard-00000-model.safetensors").stat().st_size
     limited = subprocess.run(
-        command(run, tiny(data__path=str(store))),
+        command(run, tiny(data__path=str(store), train__checkpoint_every=2)),
         capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
     )  # fmt: skip
     assert limited.returncode == 2, limited.stderr
-    (line,) = limited.stderr.strip().splitlines()
-    assert "0000008: the checkpoint could not be written" in line and "the one before, 0000004, is intact" in line
+    warning, error = limited.stderr.strip().splitlines()  # training goes on after the first, and ends with the last
+    for step, line in ((6, warning), (8, error)):
+        assert f"000000{step}: the checkpoint could not be written" in line
+        assert "the one before, 0000004, is intact" in line
+    assert "step 8/8" in limited.stdout
     assert_same_bits(tensors(run, 4), before)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000004"]
 
