@@ -1,51 +1,31 @@
 """docs/slurm.sh and the two-node line of docs/long-runs.md, as they stand there: two "nodes" on this machine, gloo."""
 
-import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import tiny
+from test_train import flags
 
-TESTS = Path(__file__).parent
-DOCS = TESTS.parent / "docs"
-STEPS = 3
-WORKER = """
-import os, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def stop(number, frame):
-    (folder / f"stopped-{os.environ['RANK']}-{os.environ['WORLD_SIZE']}").touch()
-    sys.exit(0)
-signal.signal(signal.SIGUSR1, stop)
-(folder / f"ready-{os.environ['RANK']}").touch()
-time.sleep(60)
-"""
-"""What ends like `lsep train` at a SIGUSR1, without its imports."""
+from lsep.run import Run
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def training(line: str, store: Path, folder: Path) -> tuple[str, list[str], Path]:
-    """`line` with a tiny training in it, arguments for what the line leaves open, and the file that shows its end.
-
-    SWITCH: `lsep train` runs in one process as yet, so that tests/distributed_worker.py takes its place. Once it runs
-    in many, leave `-m lsep train` in `line` and let the arguments be `quickstart --train.steps 3 --run-dir ...`.
-    """
-    configs, out = folder / "configs.json", folder / "found.pt"
-    config = tiny(data__path=str(store), train__batch_size=16, train__steps=STEPS)
-    configs.write_text(json.dumps([asdict(config)]))
-    assert "-m lsep train" in line
-    return (
-        line.replace("-m lsep train", str(TESTS / "distributed_worker.py")),
-        [str(configs), str(STEPS), str(out)],
-        out,
-    )
+def training(store: Path, run: Path, steps: int) -> list[str]:
+    """Arguments of `lsep train` for a tiny training."""
+    config = tiny(
+        data__path=str(store), train__batch_size=16, train__steps=steps, train__log_every=1,
+        train__checkpoint_every=10**6, sample__num=2, sample__steps=2,
+    )  # fmt: skip
+    return ["quickstart", *flags(config), "--run-dir", str(run)]
 
 
 def executable(path: Path, text: str) -> None:
@@ -56,16 +36,19 @@ def executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `srun` starts its command on two nodes, and `scontrol` says what it was asked."""
+    """An environment in which `srun` starts its command on two nodes, and `scontrol` keeps what it was asked."""
     tools = tmp_path / "bin"
     executable(tools / "torchrun", f'exec "{sys.executable}" -m torch.distributed.run "$@"')
     executable(tools / "srun", """
 "$@" & one=$!
 "$@" & two=$!
 trap 'kill -USR1 $one $two' USR1
-wait $one; wait $two
-while kill -0 $one 2> /dev/null || kill -0 $two 2> /dev/null; do wait; done
-wait $one && wait $two""")  # fmt: skip
+for task in $one $two; do
+  wait $task; code=$?
+  while kill -0 $task 2> /dev/null; do wait $task; code=$?; done
+  [ $code = 0 ] || worst=$code
+done
+exit ${worst:-0}""")  # fmt: skip
     executable(tools / "scontrol", f"""
 echo "$*" >> {tmp_path}/scontrol.log
 case "$*" in
@@ -80,7 +63,7 @@ esac""")  # fmt: skip
 
 
 def free_port() -> int:
-    """One from 20000 to 29999, which no connection of this machine's own takes (they begin at 32768)."""
+    """One from 20000 to 29999, where the script's are."""
     for port in range(20000 + os.getpid() % 9000, 30000):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)):
@@ -88,64 +71,59 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-def assert_trained(file: Path) -> None:
-    """Three steps, of two processes."""
-    curve = torch.load(file, weights_only=True)[0]["curve"]
-    assert len(curve) == STEPS and torch.isfinite(curve).all()
+def test_a_job_is_stopped_and_requeued_and_goes_on_by_hand(
+    store: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    """A signal to the script reaches the training on both nodes; the line of the documentation ends what it began."""
+    run = tmp_path / "run"
+    job = subprocess.Popen(
+        ["bash", str(DOCS / "slurm.sh"), *training(store, run, 100_000)], env=cluster, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not Run(run).metrics():
+        assert job.poll() is None and time.monotonic() < end, job.communicate()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, output  # of torchrun, after any signal
+    step = Run(run).metrics()[-1]["step"]
+    assert f"stopped by SIGUSR1 after step {step}; saved in" in output
+    asked = (tmp_path / "scontrol.log").read_text().splitlines()
+    assert asked == ["show hostnames node[1-2]", f"requeue {cluster['SLURM_JOB_ID']}"]
+
+    command = by_hand(training(store, run, step + 2))
+    nodes = [subprocess.Popen(["bash", "-c", command], env=cluster, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [node.communicate(timeout=120)[1].decode()[-3000:] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert [m["step"] for m in Run(run).metrics()] == [*range(1, step + 3)]
+    assert Run(run).results()["steps"] == step + 2
 
 
-def test_two_nodes_by_hand(store: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
+def by_hand(arguments: list[str]) -> str:
+    """The line for two nodes, with this machine's address and a tiny training."""
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "long-runs.md").read_text(), re.S)
-    (line,) = [b for b in blocks if "--nnodes 2" in b]
-    command, arguments, file = training(line, store, tmp_path)
-    command = command[: command.index("sit-xl-2-256")] + " ".join(arguments)
+    (command,) = [b for b in blocks if "--nnodes 2" in b]
     for old, new in (
         ("--nproc-per-node 8", "--nproc-per-node 1"), ("HOST:29500", f"127.0.0.1:{free_port()}"),
+        ("sit-xl-2-256 --data.path STORE --run-dir RUN", shlex.join(arguments)),
     ):  # fmt: skip
         assert old in command
         command = command.replace(old, new)
-    nodes = [subprocess.Popen(["bash", "-c", command], env=cluster, stderr=subprocess.PIPE) for _ in range(2)]
-    for node in nodes:
-        _, errors = node.communicate(timeout=120)
-        assert node.returncode == 0, errors.decode()[-3000:]
-    assert_trained(file)
+    return command
 
 
-def test_slurm_script_trains_on_two_nodes(store: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
-    text, arguments, file = training((DOCS / "slurm.sh").read_text(), store, tmp_path)
-    script = tmp_path / "slurm.sh"
-    script.write_text(text)
-    done = subprocess.run(["bash", str(script), *arguments], env=cluster, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_trained(file)
-    assert (tmp_path / "scontrol.log").read_text() == "show hostnames node[1-2]\n"
-
-
-def test_signal_reaches_all_workers_and_the_job_is_requeued(tmp_path: Path, cluster: dict[str, str]) -> None:
-    script = tmp_path / "slurm.sh"
-    (tmp_path / "worker.py").write_text(WORKER)
-    script.write_text((DOCS / "slurm.sh").read_text().replace("-m lsep train", str(tmp_path / "worker.py")))
-    job = subprocess.Popen(["bash", str(script), str(tmp_path)], env=cluster, stderr=subprocess.PIPE)
-    end = time.monotonic() + 60
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert job.poll() is None and time.monotonic() < end
-        time.sleep(0.1)
-    job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode == 1, errors.decode()[-3000:]  # of torchrun, after any signal
-    assert {p.name for p in tmp_path.glob("stopped-*")} == {"stopped-0-2", "stopped-1-2"}
-    assert (tmp_path / "scontrol.log").read_text().splitlines()[-1] == f"requeue {cluster['SLURM_JOB_ID']}"
-
-
-@pytest.mark.parametrize(("preempted", "requeued"), [("2030-01-01T00:00:00", True), ("None", False)])
-def test_failed_job_is_requeued_when_preempted_only(
-    tmp_path: Path, cluster: dict[str, str], preempted: str, requeued: bool
+@pytest.mark.parametrize(
+    ("code", "preempted", "requeued"), [(1, "2030-01-01T00:00:00", True), (1, "None", False), (0, "2030", False)]
+)
+def test_a_job_is_requeued_when_preempted_and_not_done(
+    tmp_path: Path, cluster: dict[str, str], code: int, preempted: str, requeued: bool
 ) -> None:
-    executable(tmp_path / "bin" / "srun", "exit 1")
+    executable(tmp_path / "bin" / "srun", f"exit {code}")
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text(scontrol.read_text().replace("PreemptTime=None", f"PreemptTime={preempted}"))
     done = subprocess.run(["bash", str(DOCS / "slurm.sh")], env=cluster, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1
+    assert done.returncode == code
     assert ("requeue" in (tmp_path / "scontrol.log").read_text()) == requeued, done.stderr
 
 
