@@ -64,28 +64,34 @@ def check(preset: str, rounds: int) -> Section:
             before, since = _others(), time.monotonic()
             found = launch(preset, n, share)
             launches[n].append(((_others() - before) / (time.monotonic() - since), found))
-    kept = quietest(launches)
-    section = compare(kept, share, os.cpu_count() or 1)
+    section = summary(launches, share)
+    section.notes.insert(0, f"{preset}, {rounds} launches of {STEPS} steps each")
     section.seconds = time.monotonic() - start
+    return section
+
+
+def summary(launches: dict[int, list[tuple[float, Found]]], share: int) -> Section:
+    """`compare` for the quieter half of the launches of each size, and beside it the quietest one."""
+    section = compare(quietest(launches), share, os.cpu_count() or 1, quietest(launches, 1))
     used = "; ".join(
         f"{n} processes: " + ", ".join(f"{others:.2f}" for others, _ in sorted(found, key=lambda pair: pair[0]))
         for n, found in launches.items()
     )
     section.notes += [
-        f"{preset}, {share} images a process (weak) or {base.train.batch_size} a step (strong), {rounds} launches of "
-        f"{STEPS} steps each, of which the half counts in which other programs used least of the machine",
+        "of the launches of each size the half counts in which other programs used least of the machine; quietest: "
+        "the one of these in which they used least, with the same predictions",
         f"cores that other programs used, launch by launch: {used}",
     ]
     section.details["launches"] = {str(n): found for n, found in launches.items()}
     return section
 
 
-def quietest(launches: dict[int, list[tuple[float, Found]]]) -> dict[int, Found]:
-    """What was measured while other programs used least: half of the launches of each size, chosen by load alone."""
+def quietest(launches: dict[int, list[tuple[float, Found]]], count: int | None = None) -> dict[int, Found]:
+    """What `count` launches of each size, or half of them, measured: those in which other programs used least."""
     kept: dict[int, Found] = {}
     for n, found in launches.items():
         kept[n] = {}
-        for _, values in sorted(found, key=lambda pair: pair[0])[: math.ceil(len(found) / 2)]:
+        for _, values in sorted(found, key=lambda pair: pair[0])[: count or math.ceil(len(found) / 2)]:
             for name, seconds in values.items():
                 kept[n].setdefault(name, []).extend(seconds)
     return kept
@@ -101,8 +107,11 @@ def _others() -> float:
     return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
 
 
-def compare(found: dict[int, Found], share: int, cores: int) -> Section:
-    """Predictions beside the measured medians. found: by number of processes; share: images a process (weak)."""
+def compare(found: dict[int, Found], share: int, cores: int, quiet: dict[int, Found] | None = None) -> Section:
+    """Predictions beside the measured medians. found: by number of processes; share: images a process (weak).
+
+    quiet: of another choice of launches, for columns of their own.
+    """
     whole = share * max(found)
     weak, strong = (statistics.median(found[1][kind]) for kind in ("weak", "strong"))
     image = (strong - weak) / (whole - share)
@@ -112,32 +121,42 @@ def compare(found: dict[int, Found], share: int, cores: int) -> Section:
     calls = 2 + math.ceil(size / BUCKET)
     section = Section("Check: this machine, measured and predicted")
 
-    def row(what: str, n: int, predicted: float, measured: list[float]) -> None:
+    def row(what: str, n: int, predicted: float, name: str) -> None:
+        measured = found[n][name]
         low, median, high = statistics.quantiles(measured * (2 if len(measured) == 1 else 1), n=4, method="inclusive")
-        section.rows.append({
-            "what": what, "processes": n, "predicted ms": predicted * 1e3, "measured ms": median * 1e3,
-            "quartiles ms": f"{low * 1e3:.4g} to {high * 1e3:.4g}", "predicted / measured": predicted / median,
-        })  # fmt: skip
+        section.rows.append(
+            {
+                "what": what,
+                "processes": n,
+                "predicted ms": predicted * 1e3,
+                "measured ms": median * 1e3,
+                "quartiles ms": f"{low * 1e3:.4g} to {high * 1e3:.4g}",
+                "predicted / measured": predicted / median,
+            }
+        )
+        if quiet:
+            alone = statistics.median(quiet[n][name])
+            section.rows[-1] |= {"quietest ms": alone * 1e3, "predicted / quietest": predicted / alone}  # fmt: skip
 
     for n in sorted(found):
         shared = max(1.0, n / cores)
         for kind, images in (("weak", share), ("strong", whole / n)):
             exchange = ring(size, n, bandwidth, calls * latency)
-            row(f"step, {kind}: {images:g} images", n, shared * (overhead + image * images + exchange), found[n][kind])
+            row(f"step, {kind}: {images:g} images", n, shared * (overhead + image * images + exchange), kind)
     for n in sorted(found)[1:]:
         shared = max(1.0, n / cores)
-        row(f"step apart, no exchange: {share} images", n, shared * (overhead + image * share), found[n]["apart"])
+        row(f"step apart, no exchange: {share} images", n, shared * (overhead + image * share), "apart")
         alone = statistics.median(found[n]["apart"])
         row(
             "step, weak, from the step apart",
             n,
             alone + shared * ring(size, n, bandwidth, calls * latency),
-            found[n]["weak"],
+            "weak",
         )
     for n in sorted(found)[1:]:
         for s in SIZES:
             took = max(1.0, n / cores) * ring(s, n, bandwidth, latency)
-            row(f"all-reduce of {s:,} bytes", n, took, found[n][str(s)])
+            row(f"all-reduce of {s:,} bytes", n, took, str(s))
     section.notes += [
         f"one process: {overhead * 1e3:.3g} ms + {image * 1e3:.3g} ms an image, through its own two rows, which are "
         "therefore no predictions",
