@@ -94,9 +94,8 @@ class Checkpoints:
     def save(self, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer) -> None:
         """Copy the state to the host's memory and write it from there, while training goes on.
 
-        From a GPU it is copied when this returns; on a CPU, where memory is no faster than a disk is, it is before the
-        next update. Waits for the save before. A disk that does not take it is a warning at the next call, and
-        `finish`'s error.
+        From a GPU all is copied when this returns; on a CPU, which would stand still for it, before the next update.
+        Waits for the save before. A disk that does not take it is a warning at the next call, and `finish`'s error.
         """
         self.wait()
         state, copied = self._deal(_state(objective, ema, optimizer.tensors())), threading.Event()
@@ -108,24 +107,28 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk, or warn that it is not."""
-        if self.writing is not None:
-            writing, self.writing = self.writing, None
-            self.failure = writing.result()
-            if self.failure:
-                self._warn(f"{self.failure}; training goes on, and the next checkpoint is tried")
+        if self._settle():
+            self._warn(f"{self.failure}; training goes on, and the next checkpoint is tried")
 
     def finish(self) -> None:
         """Wait for the last save of a training; raises UserError when the disk did not take it."""
-        if self.writing is not None:
-            writing, self.writing = self.writing, None
-            self.failure = writing.result()
+        self._settle()
         if self.failure:
             raise UserError(self.failure)
+
+    def _settle(self) -> bool:
+        """Wait for the write under way; whether there was one, and the disk did not take it."""
+        if self.writing is None:
+            return False
+        writing, self.writing = self.writing, None
+        self.failure = writing.result()
+        return self.failure is not None
 
     def close(self) -> None:
         """Wait for what is being written and give the memory back."""
         try:
-            self.wait()
+            if self._settle():
+                self._warn(str(self.failure))
         finally:
             self.thread.shutdown()
             self.stager.close()

@@ -24,7 +24,7 @@ from lsep.metrics import Logger, Quiet
 from lsep.run import Run
 from lsep.signals import Preempted, heard
 from lsep.step import State, average_model, open_loader, pick_device, setup, train_step
-from lsep.window import Clock, Spikes, Window
+from lsep.window import HISTORY, Clock, Spikes, Window
 
 MAX_ROLLBACKS = 5
 """Returns to the same checkpoint after which a run ends."""
@@ -42,14 +42,17 @@ def train(
     run = Run(run_dir)
     with world(config, pick_device(config.train.device)) as here, ExitStack() as stack:
         here.at("the start")
-        if resume and latest(run.checkpoints) is None:
-            raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
-        state = here.together(lambda: setup(config, here))
+
+        def look() -> None:
+            if resume and latest(run.checkpoints) is None:
+                raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
 
         def take() -> None:
             stack.enter_context(run.locked())
             run.check(state.config, state.source.manifest)
 
+        here.on_main(look)
+        state = here.together(lambda: setup(config, here))
         here.on_main(take)
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
         stack.enter_context(closing(checkpoints))
@@ -75,30 +78,35 @@ class _Training:
         self.state, self.run, self.checkpoints = state, run, checkpoints
         self.world, self.settings = state.world, state.config.train
         self.logger: Logger | Quiet = Quiet()
+        self.spikes = Spikes(self.settings.spike_factor)
 
     def run_from_newest(self, preset: str, strict: bool) -> None:
         """Load, train to the end, and draw, measure and report."""
         state, steps = self.state, self.settings.steps
         progress = self.load(strict)
 
-        def start() -> bool:
+        def start() -> list[float | None] | None:
             if progress.step > steps:
                 raise UserError(f"--train.steps is {steps}, but {self.run.path} is at step {progress.step} already")
             self.run.open(state.config, state.source.manifest, preset)
             if self.run.results().get("steps") == progress.step == steps:
                 print(f"{self.run.path}: already at step {steps} of {steps}, nothing to train")
-                return False
+                return None
             self.run.forget_after(progress.step)
             self.logger = Logger(self.run, progress.step, steps, self.settings.wandb, asdict(state.config))
-            return True
+            return [line["loss"] for line in self.run.metrics()]
 
-        if not self.world.on_main(start):
+        losses = self.world.on_main(start)
+        if losses is None:
             return
+        for loss in losses[-2 * HISTORY :]:  # what is a spike does not depend on where a session began
+            self.spikes.seen(loss)
         try:
             if progress.step:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
             with heard() as asked:
                 outcome = self.train(progress, asked)
+            self.world.at(f"the last write of the checkpoint of step {outcome.step}")
             self.checkpoints.finish()
             if outcome.signum == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -141,7 +149,7 @@ class _Training:
 
     def loop(self, progress: Progress, asked: Callable[[], int]) -> _Outcome:
         state, settings, world, step = self.state, self.settings, self.world, progress.step
-        clock, window, spikes = Clock(world, progress), Window(state, progress), Spikes(settings.spike_factor)
+        clock, window = Clock(world, progress), Window(state, progress)
         agreement = Agreement(world)
         loader = open_loader(state, step, settings.steps)
         world.at(f"the data of step {step + 1}")
@@ -162,7 +170,7 @@ class _Training:
                 if window.skipped_in_a_row >= settings.max_skipped:
                     self.give_up(step, window.skipped_in_a_row, batches)
                 self.logger.log({**line, "skipped_rows": loader.skipped})
-                spike = spikes.seen(line["loss"]) if settings.on_spike != "off" else None
+                spike = self.spikes.seen(line["loss"]) if settings.on_spike != "off" else None
                 if spike is not None:
                     self.logger.say(f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before")
             if spike is not None and settings.on_spike == "rollback":

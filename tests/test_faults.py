@@ -17,6 +17,7 @@ from test_dist import torchrun
 from test_train import command, flags, tensors
 
 from lsep.config import Config
+from lsep.data.order import permutation
 from lsep.data.writer import write_store
 from lsep.errors import UserError
 from lsep.run import Run
@@ -63,7 +64,7 @@ def checkpoint_of(run: Path, step: int) -> Path:
 
 
 def test_a_killed_process_leads_to_a_restart_that_goes_on_exactly(store: Path, tmp_path: Path) -> None:
-    config = tiny(data__path=str(store), train__steps=60, **QUICK)
+    config = tiny(data__path=str(store), train__steps=40, **QUICK)
     whole = tmp_path / "whole"
     assert subprocess.run(launch(whole, config, 2), env=ENVIRONMENT, capture_output=True).returncode == 0
     broken = tmp_path / "broken"
@@ -76,9 +77,9 @@ def test_a_killed_process_leads_to_a_restart_that_goes_on_exactly(store: Path, t
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert re.search(rf"continuing {broken} at step \d+", output)
-    a, b = tensors(whole, 60), tensors(broken, 60)
+    a, b = tensors(whole, 40), tensors(broken, 40)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert [m["step"] for m in Run(broken).metrics()] == [*range(2, 61, 2)]
+    assert [m["step"] for m in Run(broken).metrics()] == [*range(2, 41, 2)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
@@ -113,7 +114,7 @@ def test_a_signal_to_some_processes_stops_all_at_one_step(store: Path, tmp_path:
 
 def test_a_hung_process_is_named(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    config = tiny(data__path=str(store), train__steps=5000, dist__timeout=6.0, **QUICK)
+    config = tiny(data__path=str(store), train__steps=5000, dist__timeout=10.0, **QUICK)
     process = subprocess.Popen(
         launch(run, config, 2), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -130,11 +131,9 @@ def test_a_hung_process_is_named(store: Path, tmp_path: Path) -> None:
     assert said and re.search(r"of step \d+|after step \d+", said[1]), output
 
 
-@pytest.mark.parametrize(("first", "then"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (3, "fsdp"))])
-def test_a_run_goes_on_with_other_processes(
-    store: Path, tmp_path: Path, first: tuple[int, str], then: tuple[int, str]
-) -> None:
+def test_a_run_goes_on_with_other_processes(store: Path, tmp_path: Path) -> None:
     """Weights, averages and moments are sharded anew; the losses are those of a run that never changed."""
+    first, then = (2, "fsdp"), (3, "ddp")
     common = {"data__path": str(store), **QUICK, "train__batch_size": 12, "train__log_every": 1}
     whole = train(tiny(**common, train__steps=8), tmp_path / "whole").metrics()
     run = tmp_path / "run"
@@ -179,7 +178,8 @@ def test_a_spike_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_rollback_leaves_the_data_of_a_spike_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Back to the checkpoint, past the bad sample, to the last step; resuming knows of the data left out."""
-    data = spiky_store(tmp_path / "data", {7: 50.0})
+    late = int(permutation(43, seed=0, epoch=0)[30])  # in step 8, when there is a history
+    data = spiky_store(tmp_path / "data", {late: 50.0})
     config = tiny(data__path=data, train__on_spike="rollback", **SPIKES)
     run = train(config, tmp_path / "run")
     said = re.findall(r"back at step (\d+); the data of (\d+) steps is left out", capsys.readouterr().out)
@@ -187,7 +187,7 @@ def test_a_rollback_leaves_the_data_of_a_spike_out(tmp_path: Path, capsys: pytes
     lines = run.metrics()
     assert [m["step"] for m in lines] == [*range(1, 25)]
     ordinary = sorted(m["loss"] for m in lines)[12]
-    assert max(m["loss"] for m in lines) < 2 * ordinary * 1.5
+    assert max(m["loss"] for m in lines) < 3 * ordinary
     state = json.loads(checkpoint_of(run.path, 24).read_text())
     assert state["data_offset"] == sum(int(n) for _, n in said)
     # The same in two sessions: the second one reads on where the first, with its offset, would have.
@@ -206,5 +206,5 @@ def test_steps_without_a_finite_gradient_end_with_a_diagnosis(tmp_path: Path) ->
     assert text.startswith(
         "4 steps in a row up to step 4 had no finite gradient and were skipped: the denoising loss of"
     )
-    assert re.search(r"of sample \d+ at t = 0\.\d+ is inf", text) and "there is no checkpoint yet" not in text
+    assert re.search(r"of sample \d+ at t = 0\.\d+ is (inf|nan)", text) and "there is no checkpoint yet" not in text
     assert "0000003 is intact" in text and (tmp_path / "run" / "checkpoints" / "0000003").exists()
