@@ -21,54 +21,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.fuzz import fuzz
 from bench.section import Section, plain, sentence, show
+from bench.trial import Trial, small, train_one_step
 from lsep import checkpoint, shards
 from lsep.checkpoint import Checkpoints, Progress
-from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, override
-from lsep.data.writer import write_store
-from lsep.step import State, open_loader, setup, train_step
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What all sections get."""
-
-    folder: Path
-    """Empty, and removed afterwards."""
-    quick: bool
-    seed: int = 0
-
-
-SMALL = Config(
-    model=ModelConfig(depth=3, hidden_size=32, num_heads=2),
-    probe=ProbeConfig(depth=2, window_min=2),
-    optim=OptimConfig(lr=1e-3, probe_lr=1e-2, ema_decay=0.9),
-    train=TrainConfig(
-        steps=8, batch_size=10, log_every=2, checkpoint_every=2, sample_every=0, device="cpu", overhead_rounds=0
-    ),
-)
-
-
-def small(folder: Path, **changes: object) -> Config:
-    """A configuration that trains in a second, over a store written into `folder` at the first call."""
-    store = folder / "store"
-    if not store.exists():
-        rng = np.random.default_rng(0)
-        x = rng.normal(size=(40, 3, 8, 8)).astype(np.float32)
-        write_store(store, kind="samples", x=x, y=rng.integers(5, size=40), num_classes=5, scale=1.0)
-    return override(SMALL, {"data.path": str(store), **{k.replace("__", "."): v for k, v in changes.items()}})
-
-
-def train_one_step(state: State, step: int) -> None:
-    for batches in open_loader(state, step, step + 1):
-        train_step(state, step, batches)
-
+from lsep.step import open_loader, setup, train_step
 
 # ---------------------------------------------------------------- flips
 
@@ -242,7 +206,7 @@ def stall(trial: Trial, section: Section) -> None:
         section.check(wait < 0.05 * write, f"the step waits {wait / write:.1%} of the write's time, target under 5 %")
 
 
-SECTIONS: dict[str, Callable[[Trial, Section], None]] = {f.__name__: f for f in (flips, full_disk, stall)}
+SECTIONS: dict[str, Callable[[Trial, Section], None]] = {f.__name__: f for f in (flips, full_disk, stall, fuzz)}
 
 
 def run(names: list[str], quick: bool) -> list[Section]:

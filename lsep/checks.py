@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lsep.config import Config, flat
 from lsep.data.manifest import Manifest
-from lsep.errors import UserError
+from lsep.errors import UserError, shown
 
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
@@ -36,6 +36,9 @@ def _flag(name: str) -> str:
 def check(config: Config) -> None:
     """Raise UserError on the first value, or combination of values, that cannot be meant."""
     values = flat(config)
+    for name, value in values.items():
+        if isinstance(value, int | float):  # also refuses NaN, which compares with nothing
+            _require(abs(value) < 2**63, f"{_flag(name)} is {shown(value)}, expected a number below 2^63")
     for names, fits, wanted in (
         (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
         (_AT_LEAST_ZERO, lambda v: v >= 0, "at least 0"),
@@ -59,7 +62,6 @@ def check(config: Config) -> None:
         f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
     )
     _require(train.spike_factor > 1, f"--train.spike-factor is {train.spike_factor}, expected above 1")
-    _require(train.seed < 2**63, f"--train.seed is {train.seed}, expected below 2^63")
     _require(
         config.sample.guidance_low <= config.sample.guidance_high,
         f"--sample.guidance-low is {config.sample.guidance_low}, expected at most --sample.guidance-high "

@@ -10,7 +10,7 @@ to every run as `config.json`. Nothing here imports torch.
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from lsep.errors import UserError, nearest
+from lsep.errors import UserError, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -324,27 +324,34 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     known = flat(config)
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"field {name!r} is unknown{nearest(name, list(known))}")
+            raise UserError(f"field {shown(name)} is unknown{nearest(name, list(known))}")
         section, key = name.split(".")
         part = getattr(config, section)
         if isinstance(value, int) and not isinstance(value, bool) and get_type_hints(type(part))[key] is float:
-            value = float(value)  # JSON and people write 1 for 1.0
+            value = _as_float(name, value)  # JSON and people write 1 for 1.0
         _check_type(name, value, get_type_hints(type(part))[key])
         config = replace(config, **{section: replace(part, **{key: value})})
     return config
+
+
+def _as_float(name: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{name} is {shown(value)}, expected a number below 1e308") from None
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     choices = get_args(hint)
     if choices and not any(isinstance(c, type) for c in choices):  # Literal
         if value not in choices:
-            raise UserError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+            raise UserError(f"{name} is {shown(value)}, expected one of {', '.join(map(repr, choices))}")
         return
     kinds = choices or (hint,)
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if not fits:
         wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise UserError(f"{name} is {value!r}, expected {wanted}")
+        raise UserError(f"{name} is {shown(value)}, expected {wanted}")
 
 
 def from_dict(values: Any, source: str) -> Config:
@@ -377,4 +384,4 @@ def differences(old: Config, new: Config) -> list[str]:
     if new.optim.schedule == "constant":
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
     before, after = flat(old), flat(new)
-    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if k not in free and before[k] != after[k]]
+    return [f"{k}: {shown(before[k])} -> {shown(after[k])}" for k in before if k not in free and before[k] != after[k]]

@@ -1,6 +1,8 @@
 """The one exception for what a user can put right: its text is one sentence, and the command ends with exit code 2."""
 
 import errno
+import reprlib
+from typing import Any
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """Numbers of the errors of a disk that takes nothing: full, over quota, limited, read-only, closed to this user."""
@@ -10,10 +12,21 @@ class UserError(Exception):
     """Bad input: says which file, field or flag, what was found and what was expected."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """`value` in a sentence: its repr, the middle left out where that is long, however deep it is nested."""
+    return _SHORT.repr(value)
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`"; did you mean 'a' or 'b'?"` for the names most like `word`, or the list of all where none is near."""
     from difflib import SequenceMatcher
 
+    word = word[:80]  # the comparison takes time as the square of the length
     likeness = {name: SequenceMatcher(None, word, name).ratio() for name in known}
     close = sorted((name for name in known if likeness[name] > 0.5), key=lambda name: -likeness[name])[:3]
     if close:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lsep.config import Config, differences, from_dict
-from lsep.data.manifest import Manifest
-from lsep.errors import UserError
+from lsep.data.manifest import Manifest, parse
+from lsep.errors import UserError, shown
 
 
 class Run:
@@ -48,7 +48,9 @@ class Run:
             before, after = asdict(self.manifest()), asdict(manifest)
             # The data may have moved, but it must be the same data.
             changed += [
-                f"data's {k}: {before[k]!r} -> {after[k]!r}" for k in after if k != "source" and before[k] != after[k]
+                f"data's {k}: {shown(before[k])} -> {shown(after[k])}"
+                for k in after
+                if k != "source" and before[k] != after[k]
             ]
             if changed:
                 raise UserError(
@@ -131,20 +133,25 @@ class Run:
 
     def manifest(self) -> Manifest:
         """What the data of the run was, so that sampling needs the run alone."""
-        try:
-            values = self._config_json()["manifest"]
-            return Manifest(**{**values, "shape": tuple(values["shape"]), "class_names": tuple(values["class_names"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.config_file}: no description of the data ({error})") from None
+        values, where = self._config_json().get("manifest"), f"{self.config_file}: manifest"
+        if not isinstance(values, dict):
+            raise UserError(f"{self.config_file}: no description of the data, manifest is {shown(values)}")
+        source, rows, flips = (values.get(name) for name in ("source", "rows", "flips"))
+        if not isinstance(source, str) or type(rows) is not int or rows < 1 or not isinstance(flips, bool):
+            raise UserError(
+                f"{where}: source, rows and flips are {shown(source)}, {shown(rows)} and {shown(flips)}, "
+                "expected text, a count, and true or false"
+            )
+        return parse(values, where, source, rows, flips)
 
     def preset(self) -> str:
         """Name of the preset the run started from."""
-        return str(self._config_json().get("preset", "?"))
+        return str(self._config_json().get("preset", "?"))[:80]
 
     def _config_json(self) -> dict[str, Any]:
         try:
             values = json.loads(self.config_file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.config_file}: cannot be read as JSON ({error})") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: expected a JSON object")

@@ -43,8 +43,10 @@ _ROOM_OF_NAME = [
         (r"velocity_loss", "losses"),
         (r"norm_pass|update_pass|adam|multi_tensor", "optimizer"),
         (r"memcpy htod", "data"),
-        (r"gelu|::mlp", "MLP"),
-        (r"gemm|nvjet|cutlass|xmma|cublas|::(mm|addmm|bmm|baddbmm)$|^triton_|cpp_fused", "compiled"),
+        (r"gelu|::mlp|::fp8_mlp", "MLP"),
+        # fp8's quantisers are where the products are that they serve, the MLP's and attention's alike.
+        (r"gemm|nvjet|cutlass|xmma|cublas|::(mm|addmm|bmm|baddbmm|_scaled_mm)$|quantize|::fp8_linear", "compiled"),
+        (r"^triton_|cpp_fused", "compiled"),
     )
 ]
 _BACKWARD = "autograd::engine::evaluate_function: "

@@ -4,17 +4,18 @@ A source of rows is anything with a `manifest` and `read(ids, flips)`, above all
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lsep.errors import UserError
+from lsep.errors import UserError, shown
 
 Ids = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
 Kind = Literal["moments", "samples", "pixels"]
 KINDS = ("moments", "samples", "pixels")
+DTYPES = ("float32", "float16", "uint8")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,38 @@ class Manifest:
     @property
     def row_bytes(self) -> int:
         return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
+
+
+def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool) -> Manifest:
+    """The manifest that the JSON object `value` describes, every field checked; `where` names it in errors."""
+
+    def fail(name: str, wanted: str) -> UserError:
+        return UserError(f"{where}: {name} is {shown(value.get(name))}, expected {wanted}")
+
+    kind, shape, dtype = value.get("kind"), value.get("shape"), value.get("dtype")
+    if kind not in KINDS:
+        raise fail("kind", " or ".join(KINDS))
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 2**16 for n in shape):
+        raise fail("shape", "three counts C, H, W")
+    if dtype not in DTYPES or (kind == "pixels") != (dtype == "uint8"):
+        raise fail("dtype", "uint8 for pixels, float32 or float16 for latents")
+    classes, probe_classes = value.get("num_classes"), value.get("probe_classes")
+    for name, count in (("num_classes", classes), ("probe_classes", probe_classes)):
+        if (type(count) is not int or not 0 < count < 2**31) and not (name == "probe_classes" and count is None):
+            raise fail(name, "a count")
+    names = value.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise fail("class_names", "a list of names")
+    for name in ("scale", "shift"):
+        number = value.get(name)
+        if not isinstance(number, int | float) or not abs(number) < 1e30 or (name == "scale" and number == 0):
+            raise fail(name, "a finite number")
+    assert isinstance(classes, int)
+    return Manifest(
+        source=source, kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype, rows=rows, num_classes=classes,
+        probe_classes=probe_classes or classes, class_names=tuple(names), scale=float(value["scale"]),
+        shift=float(value["shift"]), flips=flips,
+    )  # fmt: skip
 
 
 class Rows(NamedTuple):

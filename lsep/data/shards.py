@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsep.data.manifest import CorruptRow, Ids, Manifest
-from lsep.errors import UserError
+from lsep.errors import UserError, shown
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64"),
@@ -54,18 +54,20 @@ class Entry:
         """From the manifest's JSON; `where` names the place in errors."""
         names = [f.name for f in fields(cls)]
         if not isinstance(value, dict) or set(value) != set(names):
-            raise UserError(f"{where}: a shard is {str(value)[:80]!r}, expected an object with {', '.join(names)}")
+            raise UserError(f"{where}: a shard is {shown(value)}, expected an object with {', '.join(names)}")
         for name in ("file", "layout", "sha256", "columns"):
             if not isinstance(value[name], str) or not value[name] or "\0" in value[name]:
-                raise UserError(f"{where}: a shard's {name} is {str(value[name])[:80]!r}, expected text")
+                raise UserError(f"{where}: a shard's {name} is {shown(value[name])}, expected text")
         for name in ("rows", "offset", "flip_offset", "bytes", "columns_crc32", "non_finite"):
             number = value[name]
             if number is None and name == "flip_offset":
                 continue
             if type(number) is not int or not (name == "rows") <= number < 2**62:
-                raise UserError(f"{where}: {name} of shard {value['file']!r} is {str(number)[:80]}, expected a count")
+                raise UserError(f"{where}: {name} of shard {shown(value['file'])} is {shown(number)}, expected a count")
         if value["layout"] not in _LAYOUTS:
-            raise UserError(f"{where}: layout of shard {value['file']!r} is {value['layout']!r}, expected {_LAYOUTS}")
+            raise UserError(
+                f"{where}: layout of shard {shown(value['file'])} is {shown(value['layout'])}, expected {_LAYOUTS}"
+            )
         return cls(**value)
 
 
@@ -129,7 +131,7 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, ValueError, RuntimeError):
         below = False
     if not below:
-        raise UserError(f"{folder / 'manifest.json'}: path {name[:200]!r} leaves the store's folder")
+        raise UserError(f"{folder / 'manifest.json'}: path {shown(name)} leaves the store's folder")
     return path
 
 

@@ -8,17 +8,15 @@ import os
 import stat
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lsep.data.manifest import KINDS, Flips, Ids, Manifest, Rows
+from lsep.data.manifest import Flips, Ids, Manifest, Rows, parse
 from lsep.data.native import library, read_rows
 from lsep.data.shards import Entry, Shard
-from lsep.errors import UserError
+from lsep.errors import UserError, shown
 
 FORMAT, VERSION = "lsep-store", 1
-_DTYPES = ("float32", "float16", "uint8")
 _JSON_LIMIT = 256 << 20
 _CHUNK = 32  # rows read and then checked while they are in the cache
 
@@ -155,49 +153,22 @@ def read_manifest(folder: Path) -> tuple[Manifest, list[Entry]]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"{path}: not the manifest of a store, expected 'format': '{FORMAT}'")
     if value.get("version") != VERSION:
-        raise UserError(f"{path}: version {value.get('version')!r}, expected {VERSION}")
+        raise UserError(f"{path}: version {shown(value.get('version'))}, expected {VERSION}")
     listed = value.get("shards")
     if not isinstance(listed, list) or not listed:
-        raise UserError(f"{path}: 'shards' is {str(listed)[:80]!r}, expected a list of at least one")
+        raise UserError(f"{path}: 'shards' is {shown(listed)}, expected a list of at least one")
     entries = [Entry.parse(e, str(path)) for e in listed]
-    manifest = _parse(value, path, entries)
+    manifest = parse(
+        value, str(path), str(folder.resolve()), sum(e.rows for e in entries), entries[0].flip_offset is not None
+    )
     for entry in entries:
         # Before any memory is taken: a row count must fit what the shard's file can hold.
         room = manifest.row_bytes * (entry.rows if entry.layout == "packed" else 1)
         if max(entry.offset, entry.flip_offset or 0) + room > entry.bytes:
-            raise UserError(f"{path}: {entry.rows} rows do not fit the {entry.bytes} bytes of shard {entry.file!r}")
+            raise UserError(
+                f"{path}: {entry.rows} rows do not fit the {entry.bytes} bytes of shard {shown(entry.file)}"
+            )
     mirrored = {e.flip_offset is not None for e in entries}
     if mirrored != {manifest.flips}:
         raise UserError(f"{path}: some shards have a flip_offset and some do not, expected all or none")
     return manifest, entries
-
-
-def _parse(value: dict[str, Any], path: Path, entries: list[Entry]) -> Manifest:
-    def fail(name: str, wanted: str) -> UserError:
-        return UserError(f"{path}: {name} is {str(value.get(name))[:80]!r}, expected {wanted}")
-
-    kind, shape, dtype = value.get("kind"), value.get("shape"), value.get("dtype")
-    if kind not in KINDS:
-        raise fail("kind", " or ".join(KINDS))
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 2**16 for n in shape):
-        raise fail("shape", "three counts C, H, W")
-    if dtype not in _DTYPES or (kind == "pixels") != (dtype == "uint8"):
-        raise fail("dtype", "uint8 for pixels, float32 or float16 for latents")
-    classes, probe_classes = value.get("num_classes"), value.get("probe_classes")
-    for name, count in (("num_classes", classes), ("probe_classes", probe_classes)):
-        if (type(count) is not int or not 0 < count < 2**31) and not (name == "probe_classes" and count is None):
-            raise fail(name, "a count")
-    names = value.get("class_names", [])
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise fail("class_names", "a list of names")
-    for name in ("scale", "shift"):
-        number = value.get(name)
-        if not isinstance(number, int | float) or not abs(number) < 1e30 or (name == "scale" and number == 0):
-            raise fail(name, "a finite number")
-    assert isinstance(classes, int)
-    return Manifest(
-        source=str(path.parent.resolve()), kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype,
-        rows=sum(e.rows for e in entries), num_classes=classes, probe_classes=probe_classes or classes,
-        class_names=tuple(names), scale=float(value["scale"]), shift=float(value["shift"]),
-        flips=entries[0].flip_offset is not None,
-    )  # fmt: skip
