@@ -1,6 +1,6 @@
-"""What goes wrong, made to go wrong: damaged files, full disks, and what a save costs the step.
+"""What goes wrong, made to go wrong: damaged files, full disks, kills, nonsense as input; and long trainings.
 
-    python -m bench.chaos [--only flips full_disk] [--json FILE] [--markdown FILE] [--quick]
+    python -m bench.chaos [--only flips full_disk] [--json FILE] [--markdown FILE] [--quick] [--minutes 30]
 
 A section is a function in SECTIONS that fills a `Section` (`bench.section`); its failures make the exit code 1.
 `--quick` is the short form that the tests run.
@@ -28,7 +28,9 @@ import numpy as np
 import torch
 
 from bench.fuzz import fuzz
+from bench.kills import kills
 from bench.section import Section, plain, sentence, show
+from bench.soak import soak
 from bench.trial import Trial, small, train_one_step
 from lsep import checkpoint, shards
 from lsep.checkpoint import Checkpoints, Progress
@@ -206,17 +208,19 @@ def stall(trial: Trial, section: Section) -> None:
         section.check(wait < 0.05 * write, f"the step waits {wait / write:.1%} of the write's time, target under 5 %")
 
 
-SECTIONS: dict[str, Callable[[Trial, Section], None]] = {f.__name__: f for f in (flips, full_disk, stall, fuzz)}
+SECTIONS: dict[str, Callable[[Trial, Section], None]] = {
+    f.__name__: f for f in (flips, full_disk, stall, kills, fuzz, soak)
+}
 
 
-def run(names: list[str], quick: bool) -> list[Section]:
+def run(names: list[str], quick: bool, minutes: float) -> list[Section]:
     """Run sections one after the other, each in a folder of its own; an error is a failure of its section."""
     done = []
     for name in names:
         section, start = Section(name), time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix=f"chaos-{name}-"))
         try:
-            SECTIONS[name](Trial(folder, quick), section)
+            SECTIONS[name](Trial(folder, quick, minutes=minutes), section)
         except Exception as error:
             section.failures.append(sentence(error))
         finally:
@@ -227,24 +231,36 @@ def run(names: list[str], quick: bool) -> list[Section]:
     return done
 
 
+def _others(file: Path, names: list[str]) -> list[Section]:
+    """The sections of a file of results that are not run again: a long one need not be repeated for the others."""
+    if not file.exists():
+        return []
+    return [Section(**entry) for entry in json.loads(file.read_text())["sections"] if entry["name"] not in names]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file; its other sections stay")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, with those that stay")
     parser.add_argument("--quick", action="store_true", help="the short form")
+    parser.add_argument("--minutes", type=float, help="of soak; 30, or 1 with --quick, when not given")
     args = parser.parse_args(argv)
-    sections = run(args.only, args.quick)
+    sections = run(args.only, args.quick, args.minutes or (1 if args.quick else 30))
     command = shlex.join(["python", "-m", "bench.chaos", *(sys.argv[1:] if argv is None else argv)])
     where = (
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     )
+    for section in sections:
+        section.details |= {"command": command, "machine": where}
+    kept = _others(args.json, args.only) if args.json else []
+    all_ = sorted([*kept, *sections], key=lambda section: list(SECTIONS).index(section.name))
     if args.json:
-        entry = {"command": command, "machine": where, "sections": [plain(asdict(s)) for s in sections]}
-        args.json.write_text(json.dumps(entry, indent=1) + "\n")
+        args.json.write_text(json.dumps({"sections": [plain(asdict(s)) for s in all_]}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text("\n".join([f"`{command}`, {where}\n", *map(show, sections)]))
+        texts = [f"{show(s)}\n`{s.details['command']}`, {s.details['machine']}\n" for s in all_]
+        args.markdown.write_text("\n".join(texts))
     return int(any(section.failures for section in sections))
 
 

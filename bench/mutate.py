@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -41,7 +42,8 @@ def mutated(draw: Random, value: Any, more: tuple[Any, ...] = ()) -> Any:
         if not places or draw.random() < 0.01:
             return draw.choice(VALUES)
         holder, key = draw.choice(places)
-        _change(draw, holder, key, draw.choice(more) if more and draw.random() < 0.2 else draw.choice(VALUES))
+        other = draw.choice(more) if more and draw.random() < 0.2 else draw.choice(VALUES)
+        _change(draw, holder, key, deepcopy(other))  # a later change may be inside of it
     return value
 
 

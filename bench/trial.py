@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, override
+from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, flat, override
 from lsep.data.writer import write_store
 from lsep.step import State, open_loader, train_step
 
@@ -40,6 +40,19 @@ def small(folder: Path, **changes: object) -> Config:
         x = rng.normal(size=(40, 3, 8, 8)).astype(np.float32)
         write_store(store, kind="samples", x=x, y=rng.integers(5, size=40), num_classes=5, scale=1.0)
     return override(SMALL, {"data.path": str(store), **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+def flags(config: Config) -> list[str]:
+    """The command line that gives `config` from the quickstart preset."""
+    args = []
+    for name, value in flat(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            section, field = flag[2:].split(".")
+            args.append(flag if value else f"--{section}.no-{field}")
+        else:
+            args += [flag, str(value)]
+    return args
 
 
 def train_one_step(state: State, step: int) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lsep import shards
-from lsep.errors import UserError
+from lsep.errors import UserError, shown
 from lsep.objective import Objective
 from lsep.optim import Optimizer
 
@@ -261,8 +261,8 @@ def progress_of(path: Path) -> Progress:
     for field in fields(Progress):
         value = values.get(field.name, field.default)
         if value is MISSING or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**62:
-            shown = "missing" if value is MISSING else repr(value)[:40]
-            raise UserError(f"{path / shards.MANIFEST}: {field.name} is {shown}, expected a number")
+            found = "missing" if value is MISSING else shown(value)
+            raise UserError(f"{path / shards.MANIFEST}: {field.name} is {found}, expected a number")
         known[field.name] = value
     return Progress(**known)
 
@@ -278,11 +278,12 @@ def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer)
         _require_fit(path, part, found, state)
     states = sorted(name for name in found if name.startswith("optimizer."))
     for name in states:
-        shown = name.removeprefix("optimizer.")
+        own = name.removeprefix("optimizer.")
         if name not in state:
-            raise UserError(f"{path}: unknown tensor {shown!r}")
+            raise UserError(f"{path}: unknown tensor {shown(own)}")
         if found[name].shape != state[name].shape:
-            raise UserError(f"{path}: {shown} is {tuple(found[name].shape)}, expected {tuple(state[name].shape)}")
+            shape = shown(tuple(found[name].shape))
+            raise UserError(f"{path}: {own} is {shape}, expected {tuple(state[name].shape)}")
     wanted = {name: tensor for name, tensor in state.items() if name in found}
     _read(path, wanted)
     try:
@@ -317,11 +318,11 @@ def _require_fit(path: Path, part: str, found: dict[str, Tensor], state: dict[st
     own, there = ({k.removeprefix(prefix) for k in names if k.startswith(prefix)} for names in (state, found))
     for kind, names in (("missing", own - there), ("unknown", there - own)):
         if names:
-            raise UserError(f"{path}: {len(names)} {kind} tensors for this model, the first {min(names)!r}")
+            raise UserError(f"{path}: {len(names)} {kind} tensors for this model, the first {shown(min(names))}")
     for name in sorted(own):
         shape, expected = found[prefix + name].shape, state[prefix + name].shape
         if shape != expected:
-            raise UserError(f"{path}: {name} is {tuple(shape)}, expected {tuple(expected)}")
+            raise UserError(f"{path}: {name} is {shown(tuple(shape))}, expected {tuple(expected)}")
 
 
 def _read(path: Path, state: dict[str, Tensor]) -> None:

@@ -22,6 +22,17 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def one_line(path: str) -> bool:
+    """Whether a path can stand in a sentence: not empty, no line breaks, not longer than a system takes."""
+    return path.splitlines() == [path] and len(path) <= 4096
+
+
+def told(error: Exception) -> str:
+    """Kind and text of another's error, which may quote what was read, in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`"; did you mean 'a' or 'b'?"` for the names most like `word`, or the list of all where none is near."""
     from difflib import SequenceMatcher

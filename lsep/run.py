@@ -17,7 +17,7 @@ from typing import Any
 
 from lsep.config import Config, differences, from_dict
 from lsep.data.manifest import Manifest, parse
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, one_line, shown, told
 
 
 class Run:
@@ -137,10 +137,11 @@ class Run:
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: no description of the data, manifest is {shown(values)}")
         source, rows, flips = (values.get(name) for name in ("source", "rows", "flips"))
-        if not isinstance(source, str) or type(rows) is not int or rows < 1 or not isinstance(flips, bool):
+        if not isinstance(source, str) or not one_line(source):
+            raise UserError(f"{where}: source is {shown(source)}, expected a path in one line")
+        if type(rows) is not int or rows < 1 or not isinstance(flips, bool):
             raise UserError(
-                f"{where}: source, rows and flips are {shown(source)}, {shown(rows)} and {shown(flips)}, "
-                "expected text, a count, and true or false"
+                f"{where}: rows and flips are {shown(rows)} and {shown(flips)}, expected a count, and true or false"
             )
         return parse(values, where, source, rows, flips)
 
@@ -152,7 +153,7 @@ class Run:
         try:
             values = json.loads(self.config_file.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.config_file}: cannot be read as JSON ({error})") from None
+            raise UserError(f"{self.config_file}: cannot be read as JSON ({told(error)})") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: expected a JSON object")
         return values

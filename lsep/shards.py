@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from lsep.errors import UserError
+from lsep.errors import UserError, shown, told
 
 PARTS = ("model", "ema", "optimizer")
 """First words of the tensors' names; each has files of its own, so that one can be read and checked alone."""
@@ -36,6 +36,7 @@ _HEADER_LIMIT = 64 << 20
 _CHUNK = 16 << 20
 """Bytes hashed and written at once, outside the interpreter's lock."""
 _FILE_NAME = re.compile(r"shard-[0-9]{5,}-(model|ema|optimizer)\.safetensors", re.ASCII)
+_SHA256 = re.compile("[0-9a-f]{64}")
 _TYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -192,21 +193,23 @@ def read_manifest(path: Path) -> Manifest:
         text = file.read_bytes()
         values = json.loads(text)
         expected = values.pop("sha256")
+        if not _SHA256.fullmatch(expected):
+            raise ValueError(f"sha256 is {shown(expected)}")
         found = hashlib.sha256(text.replace(expected.encode(), b"", 1)).hexdigest()
         if found != expected:
             raise UserError(f"{file}: damaged, sha256 {found} found and {expected} expected")
         files = {name: File(entry["bytes"], entry["sha256"]) for name, entry in values.pop("files").items()}
         for name, entry in files.items():
             if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"file name {name[:80]!r}, expected shard-RANK-PART.safetensors")
-            if type(entry.bytes) is not int or entry.bytes < 0 or not isinstance(entry.sha256, str):
-                raise ValueError(f"{name} has size {str(entry.bytes)[:40]} and sha256 {str(entry.sha256)[:80]}")
+                raise ValueError(f"file name {shown(name)}, expected shard-RANK-PART.safetensors")
+            if type(entry.bytes) is not int or entry.bytes < 0 or not _SHA256.fullmatch(entry.sha256):
+                raise ValueError(f"{name} has size {shown(entry.bytes)} and sha256 {shown(entry.sha256)}")
         if type(values["step"]) is not int or values["step"] != int(path.name):
-            raise ValueError(f"step {str(values['step'])[:40]} in the folder of step {int(path.name)}")
+            raise ValueError(f"step {shown(values['step'])} in the folder of step {int(path.name)}")
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not a checkpoint of this program ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file}: not a checkpoint of this program ({told(error)})") from None
     return Manifest(values, files)
 
 
@@ -290,7 +293,7 @@ def read_header(path: Path) -> dict[str, Piece]:
         if 8 + length + end != size:
             raise ValueError(f"{size} bytes found and {8 + length + end} declared")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a whole safetensors file ({told(error)})") from None
     return pieces
 
 
@@ -307,11 +310,11 @@ def describe(path: Path, parts: tuple[str, ...] = PARTS) -> dict[str, Tensor]:
     whole = {}
     for name, pieces in found.items():
         if len({(piece.dtype, len(piece.shape)) for piece in pieces}) > 1:
-            raise UserError(f"{path}: the pieces of {name} differ in type or dimensions")
+            raise UserError(f"{path}: the pieces of {shown(name)} differ in type or dimensions")
         ends = [[start + n for start, n in zip(p.offsets, p.shape, strict=True)] for p in pieces]
         shape = tuple(map(max, zip(*ends, strict=True)))
         filled = sum(math.prod(piece.shape) for piece in pieces)
         if filled != math.prod(shape):
-            raise UserError(f"{path}: {name} of shape {shape} has {filled} values of {math.prod(shape)}")
+            raise UserError(f"{path}: {shown(name)} of shape {shown(shape)} has only {filled} values")
         whole[name] = torch.empty(shape, dtype=pieces[0].dtype, device="meta")
     return whole

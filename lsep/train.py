@@ -195,6 +195,7 @@ class _Training:
     def give_up(self, step: int, skipped: int, batches: list[Batch]) -> None:
         """End the run, saying what is not finite."""
         clause = not_finite(self.state, step - 1, batches)
+        self.checkpoints.wait()
         kept = latest(self.run.checkpoints)
         saved = f"{kept} is intact" if kept else "there is no checkpoint yet"
         self.world.on_main(

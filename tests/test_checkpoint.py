@@ -270,6 +270,16 @@ def test_progress_is_checked(two: Path, tmp_path: Path, value: object, shown: st
     assert checkpoint.progress_of(path) == Progress(4, 2, 3)
 
 
+@pytest.mark.parametrize("sha256", ["a\nb", "x" * 10**5, 7, "A" * 64])
+def test_what_is_no_sha256_is_refused(two: Path, tmp_path: Path, sha256: object) -> None:
+    path = shutil.copytree(two / "checkpoints" / "0000004", tmp_path / "0000004")
+    name = "shard-00000-ema.safetensors"
+    rewrite(path, files={name: {"bytes": 8, "sha256": sha256}})
+    (problem,) = shards.problems(path)
+    assert "manifest.json: not a checkpoint of this program" in problem
+    assert len(problem) < 1000 and len(problem.splitlines()) == 1
+
+
 HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "far": lambda h: h["a"].update(data_offsets=[0, 2**40]),
     "huge": lambda h: h["a"].update(shape=[2**40, 2**40]),
@@ -315,7 +325,7 @@ def test_a_tensor_with_holes_is_refused(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(
         shards._manifest_text({"step": 1, "files": {"shard-00000-ema.safetensors": file._asdict()}})
     )
-    with pytest.raises(UserError, match=r"ema.a of shape \(1099511627778,\) has 2 values of 1099511627778"):
+    with pytest.raises(UserError, match=r"'ema.a' of shape \(1099511627778,\) has only 2 values"):
         shards.describe(path, ("ema",))
 
 

@@ -15,7 +15,7 @@ CONTRACT = (
 
 def test_fields_of_the_contract() -> None:
     assert set(CONTRACT) <= set(flat(Config()))
-    sections = "model interpolant probe optim data train backend sample".split()
+    sections = "model interpolant probe optim data train backend dist sample".split()
     assert [f.name for f in fields(Config)] == sections
 
 
@@ -85,6 +85,8 @@ def test_override() -> None:
         ("probe.branch", "both", "probe.branch is 'both', expected one of 'shared', 'paper'"),
         ("data.path", 3, "data.path is 3, expected str or None"),
         ("model.qk_norm", 1, "model.qk_norm is 1, expected bool"),
+        ("optim.lr", 10**400, "optim.lr is 10+[.]{3}0+, expected a number below 1e308"),
+        ("data.path", ["x" * 10**6], "data.path is .{60,100}, expected str or None"),
     ],
 )
 def test_override_refuses(name: str, value: object, message: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MANIFEST, tiny
+from conftest import MANIFEST, TINY, tiny
 
 from lsep.checks import resolve
 from lsep.errors import UserError
@@ -48,12 +48,36 @@ def test_metrics_survive_a_torn_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "expected a JSON object"),
+                                               ("[" * 10**5, "cannot be read as JSON .RecursionError"),
                                                ('{"model": {"depth": 1}}', "no description of the data")])  # fmt: skip
 def test_foreign_config(tmp_path: Path, text: str, message: str) -> None:
     run = Run(tmp_path)
     run.config_file.write_text(text)
     with pytest.raises(UserError, match=message):
         run.manifest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [3, 8]}, "manifest: shape is [3, 8], expected three counts C, H, W"),
+        ({"rows": "many"}, "manifest: rows and flips are 'many' and False, expected a count, and true or false"),
+        ({"source": "a\nb"}, r"manifest: source is 'a\nb', expected a path in one line"),
+        ({"kind": ["samples"]}, "manifest: kind is ['samples'], expected moments or samples or pixels"),
+        ({"scale": float("nan")}, "manifest: scale is nan, expected a finite number"),
+        ({"class_names": "abc"}, "manifest: class_names is 'abc', expected a list of names"),
+    ],
+)
+def test_a_wrong_description_of_the_data(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    run = Run(tmp_path)
+    run.open(TINY, MANIFEST, "quickstart")
+    assert run.manifest() == MANIFEST
+    values = json.loads(run.config_file.read_text())
+    values["manifest"].update(changes)
+    run.config_file.write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        run.manifest()
+    assert message in str(caught.value)
 
 
 def test_unwritable_place(tmp_path: Path) -> None:

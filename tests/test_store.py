@@ -92,6 +92,7 @@ def without(store: Path, name: str) -> None:
         (lambda s: edit(s, shards=[]), "'shards' is [], expected a list of at least one"),
         (lambda s: edit(s, shards=[{"file": "x"}]), "a shard is {'file': 'x'}, expected an object with file, rows"),
         (lambda s: shards(s, file="../x.safetensors"), "path '../x.safetensors' leaves the store's folder"),
+        (lambda s: shards(s, file="a\nb"), r"a shard's file is 'a\nb', expected text in one line"),
         (lambda s: shards(s, columns="/etc/passwd"), "path '/etc/passwd' leaves the store's folder"),
         (lambda s: shards(s, rows=17), "17 rows do not fit the 25176 bytes of shard 'shard-00000.safetensors'"),
         (lambda s: shards(s, rows=15), "shard-00000.safetensors: labels is int64 (16,), expected int64 (15,)"),

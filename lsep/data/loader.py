@@ -21,7 +21,7 @@ from lsep.data.digits import open_digits
 from lsep.data.manifest import CorruptRow, Flips, Ids, Rows, Source
 from lsep.data.reader import HostBatch, Sequence, ring
 from lsep.data.store import Store
-from lsep.errors import UserError
+from lsep.errors import UserError, one_line, shown
 
 _SMALL = 64 << 20  # bytes; a larger set is not copied into the host's memory unasked
 
@@ -42,6 +42,8 @@ def open_source(config: DataConfig) -> Source:
     """The data set at `--data.path`: a store's folder, or `digits`."""
     if config.path is None:
         raise UserError("--data.path is missing, expected the folder of a store (with manifest.json) or 'digits'")
+    if not one_line(config.path):
+        raise UserError(f"--data.path is {shown(config.path)}, expected a path in one line")
     if config.path == "digits":
         return open_digits()
     return Store(config.path, check_rows=config.crc)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsep.data.manifest import CorruptRow, Ids, Manifest
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, one_line, shown, told
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64"),
@@ -56,8 +56,8 @@ class Entry:
         if not isinstance(value, dict) or set(value) != set(names):
             raise UserError(f"{where}: a shard is {shown(value)}, expected an object with {', '.join(names)}")
         for name in ("file", "layout", "sha256", "columns"):
-            if not isinstance(value[name], str) or not value[name] or "\0" in value[name]:
-                raise UserError(f"{where}: a shard's {name} is {shown(value[name])}, expected text")
+            if not isinstance(value[name], str) or not one_line(value[name]) or "\0" in value[name]:
+                raise UserError(f"{where}: a shard's {name} is {shown(value[name])}, expected text in one line")
         for name in ("rows", "offset", "flip_offset", "bytes", "columns_crc32", "non_finite"):
             number = value[name]
             if number is None and name == "flip_offset":
@@ -108,7 +108,7 @@ def header(path: Path) -> dict[str, Column]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors file of a store ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a safetensors file of a store ({told(error)})") from None
     return found
 
 

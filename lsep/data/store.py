@@ -14,7 +14,7 @@ import numpy as np
 from lsep.data.manifest import Flips, Ids, Manifest, Rows, parse
 from lsep.data.native import library, read_rows
 from lsep.data.shards import Entry, Shard
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, shown, told
 
 FORMAT, VERSION = "lsep-store", 1
 _JSON_LIMIT = 256 << 20
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, list[Entry]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        raise UserError(f"{path}: cannot be read as JSON ({told(error)})") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"{path}: not the manifest of a store, expected 'format': '{FORMAT}'")
     if value.get("version") != VERSION:
