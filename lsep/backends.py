@@ -58,7 +58,8 @@ def choose(config: Config, device: torch.device, processes: int = 1) -> Backends
     copies = not sharded and _bf16_weights(config, optimizer)  # fsdp gathers its shards in bf16 by itself
     if wanted.modulation == "joint" and not copies:
         raise UserError("--backend.modulation is 'joint', but the weights are float32, expected --train.weights bf16")
-    joint = copies and wanted.modulation != "block"
+    # Its gradients, a third of all, come at the end of the backward, where no exchange between processes is hidden.
+    joint = copies and wanted.modulation != "block" and (processes == 1 or wanted.modulation == "joint")
     return Backends(
         chosen,
         optimizer,

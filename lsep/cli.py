@@ -54,7 +54,7 @@ def train(argv: Args) -> None:
             kept = latest(args.run_dir / "checkpoints")
             again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
             saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
-            print(f"\n{stopped or 'stopped'}; {saved}", file=sys.stderr)
+            print(f"\n{str(stopped) or 'stopped'}; {saved}", file=sys.stderr)
         if isinstance(stopped, KeyboardInterrupt):
             raise
 

@@ -196,7 +196,7 @@ class BackendConfig:
     attention: Literal["auto", "triton", "cudnn", "flash", "sdpa", "reference"] = "auto"
     """Attention; auto is the Triton kernel on Hopper for 256 tokens and heads of 64 or 72, else cuDNN or SDPA."""
     modulation: Literal["auto", "joint", "block"] = "auto"
-    """adaLN's matrix products: one for all blocks, or one a block; auto is joint over bf16 weights."""
+    """adaLN's matrix products: one for all blocks, or one a block; auto is joint for one process over bf16 weights."""
     mlp: Literal["auto", "torch", "triton", "cublaslt"] = "auto"
     """A block's MLP; triton and cublaslt compute GELU again in the backward; auto is triton where the kernels are."""
     optimizer: Literal["auto", "csrc", "torch", "apex", "reference"] = "auto"

@@ -263,7 +263,7 @@ class Watch:
             except RuntimeError:  # the store is gone: the run is ending
                 return
             if time.time() - self.since > self.timeout + _GRACE:
-                print(f"lsep: rank {self.rank}: {self.explain()}", file=sys.stderr, flush=True)
+                print(f"lsep: error: rank {self.rank}: {self.explain()}", file=sys.stderr, flush=True)
                 os._exit(EXIT_HUNG)
 
     def explain(self) -> str:
@@ -271,7 +271,7 @@ class Watch:
         time.sleep(3 * _PULSE)  # a process that has just died has just been heard
         now = time.time()
         silent, there = [], {}
-        for rank in range(self.size):
+        for rank in set(range(self.size)) - {self.rank}:
             try:
                 place, since, heard = json.loads(self.store.get(f"lsep/{rank}"))
             except (RuntimeError, ValueError):
@@ -283,7 +283,7 @@ class Watch:
         if silent:
             return f"{mine}: {'; '.join(silent)}"
         others = [f"rank {rank} is at {place}" for rank, (place, _) in there.items() if place != self.place]
-        return f"{mine}: all processes answer, {'; '.join(others) or 'all of them are there'}"
+        return f"{mine}: all others answer, {'; '.join(others) or 'and are there too'}"
 
 
 def _first_line(error: Exception) -> str:

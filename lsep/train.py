@@ -42,14 +42,17 @@ def train(
     run = Run(run_dir)
     with world(config, pick_device(config.train.device)) as here, ExitStack() as stack:
         here.at("the start")
-        if resume and latest(run.checkpoints) is None:
-            raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
-        state = here.together(lambda: setup(config, here))
+
+        def look() -> None:
+            if resume and latest(run.checkpoints) is None:
+                raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
 
         def take() -> None:
             stack.enter_context(run.locked())
             run.check(state.config, state.source.manifest)
 
+        here.on_main(look)
+        state = here.together(lambda: setup(config, here))
         here.on_main(take)
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
         stack.enter_context(closing(checkpoints))
@@ -103,6 +106,7 @@ class _Training:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
             with heard() as asked:
                 outcome = self.train(progress, asked)
+            self.world.at(f"the last write of the checkpoint of step {outcome.step}")
             self.checkpoints.finish()
             if outcome.signum == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -191,6 +195,7 @@ class _Training:
     def give_up(self, step: int, skipped: int, batches: list[Batch]) -> None:
         """End the run, saying what is not finite."""
         clause = not_finite(self.state, step - 1, batches)
+        self.checkpoints.wait()
         kept = latest(self.run.checkpoints)
         saved = f"{kept} is intact" if kept else "there is no checkpoint yet"
         self.world.on_main(

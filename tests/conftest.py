@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small are slower on more, the more so beside other tests
+
 import numpy as np
 import pytest
 import torch

@@ -105,8 +105,8 @@ def test_fit_is_least_squares() -> None:
 
 @pytest.mark.parametrize(("module", "arguments", "message"), [
     (step, "--variants plain plane",
-     "bench.step: variant 'plane' is unknown, expected some of plain, authors, paper, shared-0.8, shared-0.2, shared-0 "
-     "(or another shared-E)"),
+     "bench.step: variant 'plane' is unknown, expected some of plain, authors, paper, shared-0.8, shared-0.2, "
+     "shared-0, fp8 (or another shared-E)"),
     (step, "--variants shared-x", "variant 'shared-x' is unknown"),
     (step, "--variants shared-0.9", "--probe.extra-fraction is 0.9, expected from 0 to rho - p = 0.8"),
     (step, "--preset tin", "bench.step: preset 'tin' is unknown; did you mean 'tiny'"),

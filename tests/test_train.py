@@ -252,8 +252,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(store: Path, optimizer
 
 
 def test_infinite_loss_stops_with_the_step(store: Path, tmp_path: Path) -> None:
-    config = tiny(data__path=str(store), optim__lr=1e30, optim__clip=1e30, train__steps=40)
-    with pytest.raises(UserError, match="no step from 3 to 12 has a finite loss and gradient"):
+    config = tiny(data__path=str(store), optim__lr=1e18, optim__clip=1e18, train__steps=40)
+    with pytest.raises(UserError, match="11 steps in a row up to step 12 had no finite gradient"):
         train(config, tmp_path / "run")
     lines = Run(tmp_path / "run").metrics()
     assert [(m["loss"] is None, m["skipped_steps"]) for m in lines] == [(False, 1), *[(True, 2)] * 4]
@@ -300,12 +300,6 @@ def test_full_disk_leaves_the_earlier_checkpoint(store: Path, tmp_path: Path) ->
     assert "step 8/8" in limited.stdout
     assert_same_bits(tensors(run, 4), before)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000004"]
-
-
-def test_one_process_only(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE is 2: this version trains in one process"):
-        setup(tiny(data__path=str(store)))
 
 
 def test_missing_gpu_is_one_sentence(store: Path) -> None:
