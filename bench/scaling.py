@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.section import Section, show
-from bench.step import COMPILE, again, facts, rates, write
+from bench.step import COMPILE, again, facts, finish, rates
 from bench.variants import configuration, interleaves, measure, with_data
 from lsep.checks import check
 from lsep.config import Config, override
@@ -165,14 +165,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write, and return the exit code."""
-    args = parse(arguments)
-    try:
-        result, text = run(args)
-    except UserError as error:
-        print(f"bench.scaling: {error}", file=sys.stderr)
-        return 2
-    write(result, text, args)
-    return 1 if result["failed"] else 0
+    return finish("bench.scaling", parse(arguments), run)
 
 
 if __name__ == "__main__":

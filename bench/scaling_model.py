@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from bench.section import ROOT, Section, show
-from bench.step import facts, write
+from bench.step import facts, finish
 from bench.variants import configuration
 from lsep import flops
 from lsep.config import Config, override
@@ -348,14 +348,7 @@ def _text(section: Section) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compute, measure where asked, write, and return the exit code."""
-    args = parse(arguments)
-    try:
-        result, text = run(args)
-    except UserError as error:
-        print(f"bench.scaling_model: {error}", file=sys.stderr)
-        return 2
-    write(result, text, args)
-    return 0
+    return finish("bench.scaling_model", parse(arguments), run)
 
 
 if __name__ == "__main__":

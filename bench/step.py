@@ -24,6 +24,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,16 +223,20 @@ def write(result: dict[str, Any], text: str, args: argparse.Namespace) -> None:
         print(text)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, write, and return the exit code."""
-    args = parse(arguments)
+def finish(name: str, args: argparse.Namespace, run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]]) -> int:
+    """Run, write, and return the exit code: 1 when something failed, 2 for a command that cannot be meant."""
     try:
         result, text = run(args)
     except UserError as error:
-        print(f"bench.step: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     write(result, text, args)
-    return 1 if result["failed"] else 0
+    return 1 if result.get("failed") else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write, and return the exit code."""
+    return finish("bench.step", parse(arguments), run)
 
 
 if __name__ == "__main__":
