@@ -6,6 +6,8 @@ Parameter names are those of the published weights (`blocks.0.attn.qkv.weight`, 
 """
 
 import math
+from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
@@ -238,6 +240,19 @@ class SiT(nn.Module):
                 x, h = self.run(block, x, h, modulations[i], following[i])
         with span("final layer"):
             return self.final_layer(h)
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """The stream `(N, T, D)` after each block of `depths`, counted from 1; blocks behind the last do not run."""
+        c = self.t_embedder(t) + self.y_embedder(y)
+        x = self._tokens(x)
+        modulations, following = self._modulations(c, c, 0)
+        h = self.ops.norm_modulate(x, *modulations[0][:2])
+        after = {}
+        for i, block in enumerate(islice(self.blocks, max(depths))):
+            x, h = self.run(block, x, h, modulations[i], following[i])
+            if i + 1 in depths:
+                after[i + 1] = x
+        return [after[depth] for depth in depths]
 
     def forward_with_probe(
         self, x: Tensor, t: Tensor, y: Tensor, extra_y: Tensor, depth: int, window: Tensor, pool_before_fc2: bool = True

@@ -153,3 +153,15 @@ def test_sizes_come_from_the_configuration() -> None:
                                  "model.input_size": 12, "model.in_channels": 1, "model.num_classes": 3})  # fmt: skip
     model = SiT(config)
     assert model(torch.randn(2, 1, 12, 12), torch.rand(2), torch.tensor([3, 0])).shape == (2, 1, 12, 12)
+
+
+def test_features_are_what_pools_into_the_probe() -> None:
+    model = build()
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 5])
+    tokens = model.features(x, t, y, [3, 1, 2])
+    whole = torch.full((2, 16), 1 / 16)
+    for depth, at in zip((3, 1, 2), tokens, strict=True):
+        assert at.shape == (2, 16, 32)
+        _, pooled = model.forward_with_probe(x, t, y, y[:0], depth, whole)
+        assert relative_error(at.mean(1), pooled) < 1e-6
+    assert torch.equal(model.features(x, t, y, [1])[0], tokens[1])
