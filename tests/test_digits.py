@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lsep.data import digits
 from lsep.data.digits import Digits, agreement, open_digits
 from lsep.errors import UserError
 
@@ -23,6 +24,16 @@ def test_agreement_tells_digits_from_noise() -> None:
     assert agreement(images, (rows.y + 1) % 10) < 0.03
     noise = np.random.default_rng(0).integers(256, size=images.shape).astype(np.uint8)
     assert agreement(noise, rows.y) < 0.3
+
+
+def test_features_are_what_the_judge_decides_on() -> None:
+    x, y, *_ = Digits().read(0, 1797)
+    images, held = x.transpose(0, 2, 3, 1), digits.held_out()
+    hidden, judge = digits.features(images[held]), digits.classifier()
+    assert hidden.shape == (359, 64) and hidden.dtype == np.float32 and hidden.min() == 0
+    decided = (hidden @ judge.coefs_[1] + judge.intercepts_[1]).argmax(1)
+    np.testing.assert_array_equal(decided, judge.predict(digits.as_inputs(images[held])))
+    assert (decided == y[held]).mean() > 0.95
 
 
 def test_the_store_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,15 @@
 """The quickstart's data: scikit-learn's digits, 1,797 real handwritten 8 x 8 images that come inside the package.
 
 They go through a store like any other data (`open_digits`). `agreement` judges samples of them: a 3-nearest-neighbour
-classifier on the real images against the classes asked for.
+classifier on the real images against the classes asked for; `features` gives what a Frechet distance is taken over.
 """
 
 import contextlib
+import functools
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,3 +67,30 @@ def agreement(images: np.ndarray, labels: Ids) -> float:
     x, y = _load()
     classifier = KNeighborsClassifier(3).fit(x.reshape(len(x), -1).astype(np.float32), y)
     return float((classifier.predict(images.reshape(len(images), -1).astype(np.float32)) == labels).mean())
+
+
+def held_out() -> np.ndarray:
+    """Which digits `features` has not seen: every fifth, a mask `(1797,)`."""
+    return np.arange(len(_load()[0])) % 5 == 4
+
+
+def features(images: np.ndarray) -> np.ndarray:
+    """Features `(N, 64)` float32 of uint8 images `(N, 8, 8, 1)`: the hidden layer of a small classifier of digits."""
+    judge = classifier()
+    hidden = as_inputs(images) @ judge.coefs_[0] + judge.intercepts_[0]
+    return np.maximum(hidden, 0).astype(np.float32)
+
+
+def as_inputs(images: np.ndarray) -> np.ndarray:
+    """What `classifier` takes: pixels `(N, 64)` from 0 to 1."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
+
+
+@functools.cache
+def classifier() -> Any:
+    """One hidden layer of 64 units, fitted to the digits that are not held out; the same at every call."""
+    from sklearn.neural_network import MLPClassifier
+
+    x, y = _load()
+    seen = ~held_out()
+    return MLPClassifier((64,), random_state=0, max_iter=300).fit(as_inputs(x[seen]), y[seen])
