@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -59,6 +60,14 @@ class World(Protocol):
     def size(self) -> int: ...
 
 
+class Saved(Protocol):
+    """What a save needs of an optimizer, see `lsep.optim.Optimizer`."""
+
+    before_step: Callable[[], object]
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Alone:
     """A world of one process, without a process group."""
@@ -91,7 +100,7 @@ class Checkpoints:
             for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, progress: Progress, objective: Objective, ema: Objective, optimizer: Optimizer) -> None:
+    def save(self, progress: Progress, objective: Objective, ema: Objective, optimizer: Saved) -> None:
         """Copy the state to the host's memory and write it from there, while training goes on.
 
         From a GPU all is copied when this returns; on a CPU, which would stand still for it, before the next update.

@@ -148,6 +148,8 @@ class TrainConfig:
     """Images in a step, over all devices and micro-batches."""
     seed: int = 0
     """Seed of weights, data order, noise, times, label drops and windows."""
+    init: str | None = None
+    """A run whose averaged weights a new run starts from (`lsep import` makes one of others' weights)."""
     log_every: int = 100
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 10_000
@@ -289,6 +291,11 @@ def _sit(size: str, patch: int, pixels: int) -> Config:
     )
 
 
+def _finetune(config: Config, epochs: int = 100) -> Config:
+    """The paper's fine-tuning with LSEP of a plain SiT; the run it starts from comes as --train.init."""
+    return replace(config, train=replace(config.train, steps=epochs * _IMAGENET_EPOCH))
+
+
 PRESETS: dict[str, Config] = {
     "quickstart": Config(
         model=ModelConfig(depth=4, hidden_size=96, num_heads=4),
@@ -300,6 +307,7 @@ PRESETS: dict[str, Config] = {
     ),
     **{f"sit-{s}-{p}-256": _sit(s, p, 256) for s in _SIZES for p in (2, 4, 8)},
     **{f"sit-{s}-2-512": _sit(s, 2, 512) for s in ("b", "l", "xl")},
+    "sit-xl-2-512-finetune": _finetune(_sit("xl", 2, 512)),
 }
 
 
@@ -370,7 +378,7 @@ FREE_ON_RESUME = {
     "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
     "train.weights", "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last",
     "train.keep_every", "train.sample_every", "train.overhead_rounds", "train.wandb",
-    "train.max_skipped", "train.on_spike", "train.spike_factor",
+    "train.max_skipped", "train.on_spike", "train.init", "train.spike_factor",
 }  # fmt: skip
 
 

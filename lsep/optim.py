@@ -305,6 +305,8 @@ def _states(named: Named, tensors: dict[str, Tensor]) -> Iterator[tuple[str, dic
         state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
         if not state and _is_probe(name):  # a probe switched off from the start never had a gradient
             continue
+        if state.keys() == {"step"} and not state["step"].any():  # imported weights: no step was taken
+            continue
         for key in keys:
             if key not in state:
                 raise UserError(f"tensor '{key}.{name}' is missing")

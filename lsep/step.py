@@ -31,6 +31,7 @@ from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
 from lsep.parallel import OneProcess, Parallel, Replicas, Shards, gathered, shard
 from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
+from lsep.weights.importing import start_from
 
 
 @dataclass
@@ -71,8 +72,11 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def setup(config: Config, world: World | None = None) -> State:
-    """Open the data, resolve and check the configuration, build modules and optimizer, spread them over `world`."""
+def setup(config: Config, world: World | None = None, begins: bool = True) -> State:
+    """Open the data, resolve and check the configuration, build modules and optimizer, spread them over `world`.
+
+    begins: no checkpoint will be loaded, so that `train.init` counts.
+    """
     check(config)
     world = world or World(pick_device(config.train.device))
     device = world.device
@@ -92,6 +96,8 @@ def setup(config: Config, world: World | None = None) -> State:
     chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
+    if begins and config.train.init is not None:
+        start_from(objective, config.train.init)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     copies = bf16_copies(objective) if chosen.bf16_weights else None

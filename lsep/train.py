@@ -52,7 +52,8 @@ def train(
             run.check(state.config, state.source.manifest)
 
         here.on_main(look)
-        state = here.together(lambda: setup(config, here))
+        begins = here.on_main(lambda: latest(run.checkpoints) is None)
+        state = here.together(lambda: setup(config, here, begins))
         here.on_main(take)
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
         stack.enter_context(closing(checkpoints))

@@ -23,11 +23,12 @@ def test_preset_names() -> None:
     sit = {f"sit-{s}-{p}-256" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} | {
         f"sit-{s}-2-512" for s in ("b", "l", "xl")
     }
-    assert set(PRESETS) == sit | {"quickstart"}
+    assert set(PRESETS) == sit | {"quickstart", "sit-xl-2-512-finetune"}
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "windows", "epochs"), [("sit-xl-2-256", 32, 12, 800), ("sit-xl-2-512", 64, 24, 240)]
+    ("name", "side", "windows", "epochs"),
+    [("sit-xl-2-256", 32, 12, 800), ("sit-xl-2-512", 64, 24, 240), ("sit-xl-2-512-finetune", 64, 24, 100)],
 )
 def test_xl_is_the_reported_run(name: str, side: int, windows: int, epochs: int) -> None:
     """The settings of arXiv 2509.21565 for SiT-XL/2, each written out."""

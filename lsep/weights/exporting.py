@@ -1,0 +1,98 @@
+"""`lsep export`: a run's weights as one file of safetensors, as SiT's own, or as a diffusers directory, with a card."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from lsep import __version__, checkpoint, shards
+from lsep.config import Config
+from lsep.errors import UserError
+from lsep.run import Run
+from lsep.weights import card, diffusers_dit
+from lsep.weights.convention import TIME, flip_time
+from lsep.weights.importing import described
+from lsep.weights.read import Tensors
+
+Format = Literal["safetensors", "sit", "diffusers"]
+FILES = {"safetensors": "model.safetensors", "sit": "model.pt", "diffusers": "diffusion_pytorch_model.safetensors"}
+
+
+def export(
+    run: Run, form: Format, out: Path, ema: bool = True, probe: bool = False, step: int | None = None
+) -> list[str]:
+    """Write the folder `out` with the weights of a checkpoint and README.md, their card; sentences on what was done.
+
+    Raises UserError, and writes nothing, where `out` is there already or the checkpoint is damaged.
+    """
+    if out.exists():
+        raise UserError(f"--out {out}: is there already, expected a folder to be made")
+    if probe and form != "safetensors":
+        raise UserError(f"--with-probe is for --format safetensors: {form} has no place for a probe")
+    config, part = run.config(), "ema" if ema else "model"
+    folder = checkpoint.find(run.checkpoints, step)
+    for problem in shards.problems(folder, (part,)):
+        raise UserError(problem)
+    tensors = checkpoint.read_tensors(folder, part)
+    backbone = {k: v for k, v in tensors.items() if not k.startswith(("classifier.", "projectors."))}
+    if probe:
+        classifier = {k: v for k, v in tensors.items() if k.startswith("classifier.")}
+        if not classifier:
+            raise UserError(f"--with-probe: {run.path} was trained without a probe")
+        backbone |= classifier
+    if form == "diffusers" and config.model.qk_norm:
+        raise UserError("--format diffusers: its blocks have no QK-norm, and this model has (--model.qk-norm)")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        notes = _write(temporary, form, backbone, config, int(folder.name))
+        (temporary / "README.md").write_text(card.text(run, config, form, part, int(folder.name), notes))
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return [f"{part} weights of step {int(folder.name)} as {out / FILES[form]}", *notes]
+
+
+def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: int) -> list[str]:
+    file = folder / FILES[form]
+    if form == "safetensors":
+        metadata = {
+            "format": "lsep",
+            "version": __version__,
+            "step": str(step),
+            "config": json.dumps(described(config)),
+        }
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
+        return ["t = 1 is noise, x_t = (1 - t) x + t e, v = e - x"]
+    if form == "sit":
+        torch.save({"ema": sit_state(tensors, config), "lsep": {TIME: tensors[TIME], "step": step}}, file)
+        return [
+            "SiT's time and velocity: t = 0 is noise, x_t = t x + (1 - t) e, v = x - e",
+            "twice the output channels, as SiT with learn_sigma=True has; the second half, which it drops, is zero",
+        ]
+    state, error = diffusers_dit.write(tensors)
+    save_file(state, file, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(diffusers_dit.config_of(config), indent=2) + "\n")
+    (folder / diffusers_dit.OURS).write_text(json.dumps({"time": "t in [0, 1], 1 is noise", "step": step}) + "\n")
+    return [
+        "the velocity v = e - x of x_t = (1 - t) x + t e; `timestep` takes t itself, from 0 (data) to 1 (noise)",
+        f"the first layer over t is refitted to diffusers' frequencies, relative error {error:.1e}",
+    ]
+
+
+def sit_state(tensors: Tensors, config: Config) -> Tensors:
+    """Weights in SiT's convention, with its 2C output channels; rows of the head go (p, p, channel)."""
+    m = config.model
+    assert m.in_channels is not None
+    state, patches = flip_time(tensors), m.patch_size**2
+    for kind in ("weight", "bias"):
+        name = f"final_layer.linear.{kind}"
+        rows = state[name].view(patches, m.in_channels, -1)
+        state[name] = torch.cat([rows, torch.zeros_like(rows)], dim=1).reshape(-1, *state[name].shape[1:])
+    return state

@@ -1,0 +1,178 @@
+"""Which project weights come from, their names as SiT's, and the configuration that follows from their shapes."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from lsep.config import PRESETS, Config, ModelConfig, from_dict
+from lsep.errors import UserError, shown, told
+from lsep.weights import diffusers_dit
+from lsep.weights.convention import TIME, flip_time, refit
+from lsep.weights.read import Raw, Tensors
+
+Form = Literal["sit", "repa", "lsep", "dit", "diffusers"]
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Attention heads by width, of the published sizes; weights do not tell."""
+_SIZES = {(12, 384): "s", (12, 768): "b", (24, 1024): "l", (28, 1152): "xl"}
+_LIGHTNING = re.compile(r"blocks\.0\.(norm1\.weight|mlp\.w12\.weight)|feat_rope\.")
+
+
+@dataclass
+class Foreign:
+    """Weights under SiT's names in our convention, and what was done to them."""
+
+    form: Form
+    tensors: Tensors
+    classifier: Tensors = field(default_factory=dict)
+    projectors: Tensors = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the user."""
+    config: Config | None = None
+    """What the weights were trained with, where the file says it."""
+
+
+def recognise(raw: Raw, form: Form | None) -> Form:
+    """The form of `raw`, or `form`; raises UserError where it is not clear, or of a kind that does not fit."""
+    names = raw.tensors.keys()
+    if any(_LIGHTNING.match(name) for name in names):
+        raise UserError(
+            f"{raw.path}: LightningDiT's blocks (RMSNorm, SwiGLU, rotary positions) are other functions than SiT's, so "
+            "its weights have no place here, expected SiT, REPA, LSEP, DiT or diffusers' DiTTransformer2DModel"
+        )
+    if raw.diffusers or form == "diffusers":
+        if not raw.diffusers or form not in (None, "diffusers"):
+            raise UserError(f"{raw.path}: --form is {form!r}, but a diffusers directory is one of form 'diffusers'")
+        return "diffusers"
+    if form is not None:
+        return form
+    if "classifier.1.weight" in names or raw.rest.get("format") == "lsep":
+        return "lsep"
+    if any(name.startswith("projectors.") for name in names):
+        return "repa"
+    raise UserError(
+        f"{raw.path}: its names fit SiT, DiT, REPA and LSEP, which mean different things by them: expected --form sit, "
+        "dit (noise prediction), repa or lsep"
+    )
+
+
+def translate(raw: Raw, form: Form) -> Foreign:
+    """Weights of `raw`, which is of `form`, under SiT's names, in our direction of time, without a second half of the
+    output; what is left over is an error of `fit`."""
+    if form == "diffusers":
+        tensors, notes = diffusers_dit.read(raw)
+        return _half_the_output(Foreign(form, tensors, notes=notes))
+    found = Foreign(form, {})
+    if raw.rest.get("format") == "lsep":
+        found.config = _own_config(raw)
+    depth = 1 + max((int(m[1]) for k in raw.tensors if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
+    for name, tensor in raw.tensors.items():
+        later = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)  # of old REPA files
+        if name.startswith("classifier."):
+            found.classifier[name] = tensor
+        elif name.startswith("projectors."):
+            found.projectors[name] = tensor
+        elif later:
+            found.tensors[f"blocks.{depth + int(later[1])}.{later[2]}"] = tensor
+        else:
+            found.tensors[name] = tensor
+    for needed in ("x_embedder.proj.weight", TIME, "final_layer.linear.weight", "final_layer.linear.bias"):
+        if needed not in found.tensors:
+            raise UserError(f"{raw.path}: no tensor {needed}, expected the weights of a SiT or DiT")
+    _half_the_output(found)
+    if form == "sit":
+        exact = raw.rest.get("lsep")
+        found.tensors = flip_time(found.tensors)
+        # A file of our own export has the layer before it was turned: turning back would round a second time.
+        if isinstance(exact, dict) and isinstance(before := exact.get(TIME), Tensor):
+            turned = found.tensors[TIME]
+            if before.shape == turned.shape and (before - turned).abs().max() <= 1e-5 * turned.abs().max():
+                found.tensors[TIME] = before
+        found.notes.append("SiT's time and velocity turned into ours, exactly: t = 1 is noise here")
+    elif form == "dit":
+        weight, error = refit(found.tensors[TIME], (999.0, weight_half(found)), (1.0, weight_half(found)))
+        found.tensors[TIME] = weight
+        found.notes.append(
+            f"DiT predicts noise over 1,000 discrete times: this is a warm start, to be trained, no flow model "
+            f"(its time layer is refitted to t in [0, 1] with a relative error of {error:.1e})"
+        )
+    return found
+
+
+def _own_config(raw: Raw) -> Config:
+    """The configuration in the metadata of an export of ours."""
+    try:
+        values = json.loads(raw.rest["config"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{raw.path}: its metadata hold no configuration ({told(error)})") from None
+    config = from_dict(values, f"{raw.path}: metadata")
+    if None in (config.model.input_size, config.model.in_channels, config.model.num_classes):
+        raise UserError(f"{raw.path}: metadata: the sizes of the data are missing, expected an export of lsep")
+    return config
+
+
+def weight_half(found: Foreign) -> int:
+    """Frequencies of the time embedding, by which SiT and DiT divide."""
+    return found.tensors[TIME].shape[1] // 2
+
+
+def _half_the_output(found: Foreign) -> Foreign:
+    """Of an output of 2C channels keep the first half, the other is of no use here; rows go (p, p, channel)."""
+    weight, bias = (found.tensors[f"final_layer.linear.{kind}"] for kind in ("weight", "bias"))
+    proj = found.tensors["x_embedder.proj.weight"]
+    channels, patch = proj.shape[1], proj.shape[-1]
+    if len(weight) == 2 * channels * patch**2:
+        cut = weight.view(patch**2, 2 * channels, -1)[:, :channels]
+        found.tensors["final_layer.linear.weight"] = cut.reshape(-1, weight.shape[1]).contiguous()
+        found.tensors["final_layer.linear.bias"] = bias.view(patch**2, 2 * channels)[:, :channels].flatten()
+        found.notes.append(f"of {2 * channels} output channels the first {channels} are kept")
+    return found
+
+
+def configuration(found: Foreign, where: str, num_heads: int | None) -> Config:
+    """A configuration whose model has the shapes of the weights, from the preset of its size where there is one."""
+    t = found.tensors
+    if found.config is not None:
+        return replace(found.config, probe=replace(found.config.probe, enabled=bool(found.classifier)))
+    try:
+        width, channels, patch, _ = t["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(m[1]) for k in t if (m := re.match(r"blocks\.(\d+)\.", k)))
+        hidden = len(t["blocks.0.mlp.fc1.weight"])
+        classes = len(t["y_embedder.embedding_table.weight"]) - 1
+        tokens = t["pos_embed"].shape[1]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{where}: no tensor {shown(str(error.args[0]))}, from which the sizes follow") from None
+    heads = num_heads or HEADS.get(width)
+    if heads is None:
+        raise UserError(f"{where}: width {width} is of no published size, expected --num-heads")
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise UserError(f"{where}: pos_embed has {tokens} tokens, expected a square")
+    size = _SIZES.get((depth, width), "")
+    base = PRESETS.get(f"sit-{size}-{patch}-{'512' if side * patch == 64 else '256'}", Config())
+    model = ModelConfig(
+        depth=depth, hidden_size=width, num_heads=heads, mlp_ratio=hidden / width, patch_size=patch,
+        input_size=side * patch, in_channels=channels, num_classes=classes, qk_norm="blocks.0.attn.q_norm.weight" in t,
+    )  # fmt: skip
+    probe = replace(
+        base.probe, enabled=bool(found.classifier), depth=min(base.probe.depth, depth),
+        window_min=min(base.probe.window_min, side), window_max=side,
+    )  # fmt: skip
+    return replace(base, model=model, probe=probe)
+
+
+def fit(found: Foreign, wanted: Tensors, where: str) -> None:
+    """Raise UserError with every tensor that is missing, unknown or of another shape than in `wanted`."""
+    given = found.tensors | found.classifier
+    problems = [
+        (kind, sorted(names))
+        for kind, names in (("missing", wanted.keys() - given.keys()), ("unknown", given.keys() - wanted.keys()))
+    ]
+    odd = [n for n in sorted(wanted.keys() & given.keys()) if wanted[n].shape != given[n].shape]
+    problems.append(("of another shape", [f"{n} {tuple(given[n].shape)} for {tuple(wanted[n].shape)}" for n in odd]))
+    told = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems if names]
+    if told:
+        raise UserError(f"{where}: the weights do not fit a SiT of their sizes; {'; '.join(told)}")

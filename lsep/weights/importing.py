@@ -1,0 +1,160 @@
+"""`lsep import`: somebody's weights as a run of ours, to be sampled, evaluated, exported, and started from."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lsep import checkpoint, shards
+from lsep.checkpoint import Checkpoints, Progress
+from lsep.checks import check
+from lsep.config import Config
+from lsep.data.manifest import Kind, Manifest
+from lsep.errors import UserError
+from lsep.model import sincos_positions
+from lsep.objective import Objective
+from lsep.run import Run
+from lsep.weights.foreign import Foreign, Form, configuration, fit, recognise, translate
+from lsep.weights.read import Tensors, read
+
+PROJECTORS = "projectors.safetensors"
+"""REPA's, in the run's directory, where they are kept; nothing of a run reads them."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What files of weights do not say."""
+
+    form: Form | None = None
+    ema: bool = True
+    num_heads: int | None = None
+    kind: Kind = "moments"
+    scale: float = 0.18215
+    keep_projectors: bool = False
+
+
+class Untrained:
+    """The optimizer of imported weights: no step was taken, and that is all its state."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.before_step: Callable[[], object] = lambda: None
+        self.names = [name.removeprefix("model.") for name, _ in objective.named_parameters()]
+
+    def tensors(self) -> Tensors:
+        return {f"step.{name}": torch.zeros(()) for name in self.names}
+
+
+def import_weights(path: Path, out: Path, given: Given) -> list[str]:
+    """Write the run `out` with the weights in `path` at step 0; returns sentences on what was done.
+
+    Raises UserError, and writes nothing, where the file is no whole set of weights of a SiT or `out` is there already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already, expected a folder to be made")
+    raw = read(path, given.ema)
+    found = translate(raw, recognise(raw, given.form))
+    config = configuration(found, str(path), given.num_heads)
+    check(config)
+    manifest = _manifest(config, found, path, given)
+    objective = _objective(config, manifest, found, str(path))
+    made, run = not out.exists(), Run(out)
+    try:
+        run.open(config, manifest, "imported")
+        with closing(Checkpoints(run.checkpoints)) as checkpoints:
+            checkpoints.save(Progress(0, 0.0), objective, objective, Untrained(objective))
+            checkpoints.finish()
+        if given.keep_projectors and found.projectors:
+            save_file({k: v.contiguous() for k, v in found.projectors.items()}, out / PROJECTORS)
+    except BaseException:
+        shutil.rmtree(out if made else run.checkpoints, ignore_errors=True)
+        if not made:
+            run.config_file.unlink(missing_ok=True)
+        raise
+    m = config.model
+    said = f"{found.form}{f', its {raw.which} weights' if raw.which else ''}: {m.depth} blocks of width {m.hidden_size}"
+    said += f", patch {m.patch_size}, {m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes"
+    return [said, *found.notes, *_left(found, given)]
+
+
+def _objective(config: Config, manifest: Manifest, found: Foreign, where: str) -> Objective:
+    with torch.device("meta"):
+        objective = Objective(config, manifest)
+    wanted = {k.removeprefix("model."): v for k, v in objective.state_dict().items()}
+    fit(found, wanted, where)
+    own = sincos_positions(config.grid, config.model.hidden_size)[None]
+    if (found.tensors["pos_embed"].float() - own).abs().max() > 1e-5:
+        raise UserError(f"{where}: pos_embed holds other positions than SiT's frozen sines and cosines")
+    found.tensors["pos_embed"] = own
+    tensors = {f"model.{k}": v.float().contiguous() for k, v in found.tensors.items()}
+    tensors |= {k: v.float().contiguous() for k, v in found.classifier.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds values that are not finite")
+    objective.load_state_dict(tensors, assign=True)
+    # A buffer that no file holds.
+    objective.model.t_embedder = type(objective.model.t_embedder)(config.model.hidden_size)
+    objective.model.t_embedder.load_state_dict({
+        k.removeprefix("t_embedder."): v for k, v in found.tensors.items() if k.startswith("t_embedder.")
+    })  # fmt: skip
+    return objective.eval().requires_grad_(False)
+
+
+def _manifest(config: Config, found: Foreign, path: Path, given: Given) -> Manifest:
+    m = config.model
+    assert m.in_channels is not None and m.input_size is not None and m.num_classes is not None
+    probe = found.classifier.get("classifier.1.weight")
+    return Manifest(
+        source=f"weights imported from {path.name}", kind=given.kind, shape=(m.in_channels, m.input_size, m.input_size),
+        rows=1, num_classes=m.num_classes, probe_classes=m.num_classes if probe is None else len(probe),
+        scale=1.0 if given.kind == "pixels" else given.scale, dtype="uint8" if given.kind == "pixels" else "float32",
+    )  # fmt: skip
+
+
+def _left(found: Foreign, given: Given) -> list[str]:
+    said = []
+    if found.classifier:
+        said.append("the probe's classifier is kept")
+    if found.projectors:
+        names = ", ".join(sorted(found.projectors))
+        said.append(f"REPA's projectors are {f'in {PROJECTORS}' if given.keep_projectors else 'left out'}: {names}")
+    return said
+
+
+def start_from(objective: Objective, path: str) -> None:
+    """Fill `objective` with the averaged weights of the run at `path` (`--train.init`).
+
+    The positional grid is the objective's own, whatever its size; a classifier that does not fit, or is missing, stays
+    as initialised. Raises UserError where the backbones differ.
+    """
+    folder = checkpoint.find(Run.existing(path).checkpoints, None)
+    for problem in shards.problems(folder, ("ema",)):
+        raise UserError(problem)
+    given = checkpoint.read_tensors(folder, "ema")
+    own = {k: v for k, v in objective.state_dict().items() if k != "model.pos_embed"}
+    taken = {}
+    for name, tensor in own.items():
+        found = given.get(name.removeprefix("model."))
+        if found is not None and found.shape == tensor.shape:
+            taken[name] = found
+        elif not name.startswith("classifier."):
+            has = "none" if found is None else str(tuple(found.shape))
+            short, here = name.removeprefix("model."), tuple(tensor.shape)
+            raise UserError(f"--train.init {path}: {short} is {has} there and {here} in this configuration")
+    unknown = sorted(k for k in given if f"model.{k}" not in own and k not in own and not _is_extra(k))
+    if unknown:
+        raise UserError(f"--train.init {path}: {unknown[0]} is there and not in this configuration's model")
+    objective.load_state_dict(taken, strict=False)
+
+
+def _is_extra(name: str) -> bool:
+    """What a new run need not take over."""
+    return name == "pos_embed" or name.startswith(("classifier.", "projectors."))
+
+
+def described(config: Config) -> dict[str, object]:
+    """The configuration's sections as JSON holds them, without those about the machine."""
+    return {k: v for k, v in asdict(config).items() if k not in ("backend", "dist")}
