@@ -150,6 +150,13 @@ def sample(argv: Args) -> None:
         print(file)
 
 
+def evaluate(argv: Args) -> None:
+    """FID, sFID, IS, precision, recall, KID: lsep evaluate SAMPLES --reference REF; lsep evaluate reference SOURCE"""
+    from lsep.evaluate.commands import main as evaluate_main
+
+    evaluate_main(argv)
+
+
 def report(argv: Args) -> None:
     """write a run's report.html again from its files: lsep report RUN"""
     (path,), argv = first_arguments("report", ("RUN",), argv)
@@ -199,7 +206,7 @@ def checkpoint(argv: Args) -> None:
 
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
-    c.__name__: c for c in (train, sample, report, checkpoint, data, presets, profile, doctor)
+    c.__name__: c for c in (train, sample, evaluate, report, checkpoint, data, presets, profile, doctor)
 }
 
 

@@ -58,6 +58,11 @@ def _load() -> tuple[np.ndarray, Ids]:
     return images[:, None], digits.target.astype(np.int64)
 
 
+def features(images: np.ndarray) -> np.ndarray:
+    """Features for a Frechet distance of digits: the pixels `(N, 64)`, in [0, 1], of uint8 images `(N, 8, 8, 1)`."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
+
+
 def agreement(images: np.ndarray, labels: Ids) -> float:
     """Share of uint8 images `(N, 8, 8, 1)` to which a 3-NN classifier on the real digits gives their label `(N,)`."""
     from sklearn.neighbors import KNeighborsClassifier
