@@ -42,7 +42,7 @@ class Monitor:
             found, wanted = ("images", "latents") if self.extractor.latents else ("latents", "images")
             raise UserError(
                 f"--evaluate.features {settings.features} takes {wanted}, but the data at {manifest.source} is "
-                f"{found}: expected an extractor of {found}, or --train.eval-every 0 and `lsep evaluate` on decoded samples"
+                f"{found}: expected an extractor of {found}, or --train.eval-every 0"
             )
         if settings.num < state.world.size:
             raise UserError(f"--evaluate.num is {settings.num}, expected at least the {state.world.size} processes")
