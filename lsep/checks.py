@@ -13,11 +13,11 @@ from lsep.errors import UserError, shown
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
     "probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps train.batch_size train.log_every "
-    "train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size"
+    "train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size evaluate.num"
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
-    "train.keep_last train.keep_every train.sample_every train.overhead_rounds sample.cfg"
+    "train.keep_last train.keep_every train.sample_every train.eval_every train.overhead_rounds sample.cfg"
 ).split()
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()

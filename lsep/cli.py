@@ -150,65 +150,25 @@ def sample(argv: Args) -> None:
         print(file)
 
 
-@dataclass(frozen=True)
-class ImportArgs:
-    """Flags of `lsep import`."""
-
-    out: Path
-    """Directory of the run to be made."""
-    form: Literal["sit", "repa", "lsep", "dit", "diffusers"] | None = None
-    """Whose weights they are; recognised when not given, but for those of SiT and DiT, whose names are the same."""
-    ema: bool = True
-    """Of a file with both, take the averaged weights."""
-    num_heads: int | None = None
-    """Attention heads, for a width of no published size."""
-    kind: Literal["moments", "samples", "pixels"] = "moments"
-    """What the model was trained on: a VAE's moments or samples, or pixels."""
-    scale: float = 0.18215
-    """Factor the model's latents have over the VAE's."""
-    keep_projectors: bool = False
-    """Write REPA's projectors beside the run."""
-
-
 def import_(argv: Args) -> None:
     """make a run of SiT, REPA, LSEP, DiT or diffusers weights: lsep import FILE --out RUN [--form sit]"""
-    (path,), argv = first_arguments("import", ("FILE",), argv)
-    example = "lsep import SiT-XL-2-256x256.pt --form sit --out runs/sit-xl"
-    args: ImportArgs = parse(ImportArgs, argv, "lsep import FILE", f"Make a run of weights.\n\nExample: {example}")
-    from lsep.weights.importing import Given, import_weights
+    from lsep.weights.commands import import_weights
 
-    values = {k: v for k, v in vars(args).items() if k != "out"}
-    for sentence in import_weights(Path(path), args.out, Given(**values)):
-        print(sentence)
-    print(args.out)
-
-
-@dataclass(frozen=True)
-class ExportArgs:
-    """Flags of `lsep export`."""
-
-    out: Path
-    """Folder to be made, for the weights and their card."""
-    format: Literal["safetensors", "sit", "diffusers"] = "safetensors"
-    """safetensors: our names and time; sit: for SiT's code; diffusers: a DiTTransformer2DModel's directory."""
-    ema: bool = True
-    """The averaged weights, not those being trained."""
-    with_probe: bool = False
-    """With the probe's classifier (safetensors)."""
-    checkpoint: int | None = None
-    """Step of the checkpoint to take; the newest when not given."""
+    import_weights(argv)
 
 
 def export(argv: Args) -> None:
     """write a run's weights for others: lsep export RUN --out DIR [--format safetensors|sit|diffusers]"""
-    (path,), argv = first_arguments("export", ("RUN",), argv)
-    example = "lsep export runs/quickstart --format diffusers --out exported"
-    args: ExportArgs = parse(ExportArgs, argv, "lsep export RUN", f"Write a run's weights.\n\nExample: {example}")
-    from lsep.run import Run
-    from lsep.weights.exporting import export as write
+    from lsep.weights.commands import export_weights
 
-    for sentence in write(Run.existing(path), args.format, args.out, args.ema, args.with_probe, args.checkpoint):
-        print(sentence)
+    export_weights(argv)
+
+
+def evaluate(argv: Args) -> None:
+    """FID, sFID, IS, precision, recall, KID: lsep evaluate SAMPLES --reference REF; lsep evaluate reference SOURCE"""
+    from lsep.evaluate.commands import main as evaluate_main
+
+    evaluate_main(argv)
 
 
 def report(argv: Args) -> None:
@@ -261,7 +221,7 @@ def checkpoint(argv: Args) -> None:
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
     c.__name__.rstrip("_"): c
-    for c in (train, sample, report, import_, export, checkpoint, data, presets, profile, doctor)
+    for c in (train, sample, evaluate, report, import_, export, checkpoint, data, presets, profile, doctor)
 }
 
 

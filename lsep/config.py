@@ -160,6 +160,8 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are kept besides; 0 keeps none."""
     sample_every: int = 10_000
     """Steps between two sample grids; 0 draws only the last."""
+    eval_every: int = 0
+    """Steps between two Frechet distances of the EMA weights' samples, see the section evaluate; 0 measures none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -240,6 +242,20 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """The Frechet distance that train.eval_every measures, of samples drawn as the section sample says."""
+
+    features: str | None = None
+    """inception, or a function as MODULE:FUNCTION or FILE.py:FUNCTION (see lsep/evaluate/features.py)."""
+    weights: str | None = None
+    """File of the extractor's weights."""
+    reference: str | None = None
+    """Statistics to compare with (lsep evaluate reference writes them); None is the training data."""
+    num: int = 10_000
+    """Samples drawn; the classes in turn."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on."""
 
@@ -252,6 +268,7 @@ class Config:
     backend: BackendConfig = field(default_factory=BackendConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     @property
     def grid(self) -> int:
@@ -377,7 +394,7 @@ def from_dict(values: Any, source: str) -> Config:
 FREE_ON_RESUME = {
     "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
     "train.weights", "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last",
-    "train.keep_every", "train.sample_every", "train.overhead_rounds", "train.wandb",
+    "train.keep_every", "train.sample_every", "train.eval_every", "train.overhead_rounds", "train.wandb",
     "train.max_skipped", "train.on_spike", "train.init", "train.spike_factor",
 }  # fmt: skip
 
@@ -385,9 +402,11 @@ FREE_ON_RESUME = {
 def differences(old: Config, new: Config) -> list[str]:
     """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
     free = FREE_ON_RESUME | {f"sample.{f.name}" for f in fields(SampleConfig)}
-    # The same function, in another rounding.
+    # The same function, in another rounding; or what only looks at it.
     free |= {
-        f"{s}.{f.name}" for s, section in (("backend", BackendConfig), ("dist", DistConfig)) for f in fields(section)
+        f"{s}.{f.name}"
+        for s, section in (("backend", BackendConfig), ("dist", DistConfig), ("evaluate", EvaluateConfig))
+        for f in fields(section)
     }
     if new.optim.schedule == "constant":
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends

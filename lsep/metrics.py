@@ -42,6 +42,7 @@ class Logger:
         shown = {
             "loss": "not finite" if values["loss"] is None else f"{values['loss']:.4f}",
             **({} if accuracy is None else {"probe": f"{accuracy:.1%}"}),
+            **({"FD": f"{values['frechet_distance']:.4g}"} if "frechet_distance" in values else {}),
             "img/s": f"{values['images_per_second']:.0f}",
         }
         if self.terminal:

@@ -135,6 +135,12 @@ def _curves(metrics: list[dict[str, Any]]) -> list[str]:
         for label, key in axes.items():
             out.append(_plot("probe accuracy, unlabelled samples", label, [m[key] for m in probed], accuracy))
         out.append(_time_bins(probed))
+    measured = [m for m in metrics if "frechet_distance" in m]
+    if measured:
+        distances = {"EMA": [m["frechet_distance"] for m in measured]}
+        for label, key in axes.items():
+            title = "Frechet distance of samples"
+            out.append(_plot(title, label, [m[key] for m in measured], distances, log=True))
     steps = [m["step"] for m in metrics]
     out.append(_plot("images/s", "step", steps, {"images/s": [m["images_per_second"] for m in metrics]}))
     out.append(_plot("gradient norm", "step", steps, {"before": [m["grad_norm"] for m in metrics]}, log=True))

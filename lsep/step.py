@@ -153,12 +153,13 @@ def _spread(
     return Replicas(whole, learning.classifier, world, reduce)
 
 
-def average_model(state: State) -> SiT | None:
-    """The backbone with the averaged weights, whole; where they are shards, on the first process only. All call it."""
+def average_model(state: State, everywhere: bool = False) -> SiT | None:
+    """The backbone with the averaged weights, whole, on the first process or on all of them. All call it."""
+    wanted = state.world.main or everywhere
     if state.world.mesh is None:
-        return state.ema.model if state.world.main else None
+        return state.ema.model if wanted else None
     weights = gathered(p.detach() for p in state.ema.model.parameters())
-    if not state.world.main:
+    if not wanted:
         return None
     model = SiT(state.config, state.objective.ops).to(state.device).eval().requires_grad_(False)
     for p, whole in zip(model.parameters(), weights, strict=True):

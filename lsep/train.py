@@ -20,6 +20,7 @@ from lsep.data.loader import Batch
 from lsep.diagnose import not_finite
 from lsep.dist import Agreement, world
 from lsep.errors import UserError
+from lsep.evaluate.monitor import Monitor
 from lsep.metrics import Logger, Quiet
 from lsep.run import Run
 from lsep.signals import Preempted, heard
@@ -54,10 +55,11 @@ def train(
         here.on_main(look)
         begins = here.on_main(lambda: latest(run.checkpoints) is None)
         state = here.together(lambda: setup(config, here, begins))
+        monitor = here.together(lambda: Monitor(state)) if state.config.train.eval_every else None
         here.on_main(take)
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
         stack.enter_context(closing(checkpoints))
-        _Training(state, run, checkpoints).run_from_newest(preset, strict)
+        _Training(state, run, checkpoints, monitor).run_from_newest(preset, strict)
     return run
 
 
@@ -75,8 +77,8 @@ class _Outcome:
 class _Training:
     """One session of a run, on one of its processes."""
 
-    def __init__(self, state: State, run: Run, checkpoints: Checkpoints) -> None:
-        self.state, self.run, self.checkpoints = state, run, checkpoints
+    def __init__(self, state: State, run: Run, checkpoints: Checkpoints, monitor: Monitor | None) -> None:
+        self.state, self.run, self.checkpoints, self.monitor = state, run, checkpoints, monitor
         self.world, self.settings = state.world, state.config.train
         self.logger: Logger | Quiet = Quiet()
         self.spikes = Spikes(self.settings.spike_factor)
@@ -105,6 +107,8 @@ class _Training:
         try:
             if progress.step:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
+            if self.monitor is not None:
+                self.monitor.prepare(self.run.path)
             with heard() as asked:
                 outcome = self.train(progress, asked)
             self.world.at(f"the last write of the checkpoint of step {outcome.step}")
@@ -164,13 +168,16 @@ class _Training:
             signum = agreement(asked())
             stop = step == settings.steps or signum > 0
             save = stop or step % settings.checkpoint_every == 0
+            measure = self.monitor is not None and step % settings.eval_every == 0
             spike = None
-            if save or step % settings.log_every == 0:  # a checkpoint closes the window, so that resuming repeats it
+            # A checkpoint closes the window, so that resuming repeats it.
+            if save or measure or step % settings.log_every == 0:
                 world.at(f"the averages of step {step}")
                 line = window.close(step, clock)
                 if window.skipped_in_a_row >= settings.max_skipped:
                     self.give_up(step, window.skipped_in_a_row, batches)
-                self.logger.log({**line, "skipped_rows": loader.skipped})
+                distance = self.distance(step, clock) if measure else {}
+                self.logger.log({**line, "skipped_rows": loader.skipped, **distance})
                 spike = self.spikes.seen(line["loss"]) if settings.on_spike != "off" else None
                 if spike is not None:
                     self.logger.say(f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before")
@@ -205,6 +212,11 @@ class _Training:
                 f"{saved}; start another --run-dir with a lower --optim.lr, or raise --train.max-skipped"
             )
         )
+
+    def distance(self, step: int, clock: Clock) -> dict[str, float]:
+        assert self.monitor is not None
+        with clock.paused():
+            return {"frechet_distance": self.monitor.distance(step)}
 
     def draw_grid(self, step: int) -> None:
         model = average_model(self.state)

@@ -43,8 +43,12 @@ def _parse(head: bytes) -> NpyHeader:
     return NpyHeader(dtype, shape, fortran, len(head))
 
 
-def npy_header(data: bytes, where: str) -> NpyHeader:
-    """The header of a whole `.npy` file; raises UserError, naming `where`, when it has none or values are missing."""
+def npy_header(data: bytes, where: str, size: int | None = None) -> NpyHeader:
+    """The header of a whole `.npy` file; raises UserError, naming `where`, when it has none or values are missing.
+
+    `size`: bytes of the file where `data` is only its beginning.
+    """
+    size = len(data) if size is None else size
     width = 4 if data[6:7] > b"\x01" else 2
     end = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     if data[:6] != b"\x93NUMPY" or len(data) < end:
@@ -55,9 +59,11 @@ def npy_header(data: bytes, where: str) -> NpyHeader:
         raise UserError(f"{where}: its .npy header cannot be read ({type(error).__name__})") from None
     if min(header.shape, default=0) < 0:
         raise UserError(f"{where}: shape {header.shape} found, expected no negative size")
+    if header.dtype.hasobject:
+        raise UserError(f"{where}: holds pickled Python objects, expected numbers")
     expected = end + int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
-    if len(data) != expected:
-        raise UserError(f"{where}: {len(data)} bytes found, expected {expected} by its .npy header")
+    if size != expected:
+        raise UserError(f"{where}: {size} bytes found, expected {expected} by its .npy header")
     return header
 
 
