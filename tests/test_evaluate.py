@@ -256,4 +256,6 @@ def test_torch_fidelity_agrees(fidelity: Callable[[str], Any]) -> None:
     scores = inception_scores(a, chunk=100)
     assert float(scores.mean()) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
     theirs = prc.prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True)
-    assert precision_recall(a, b) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-12)
+    assert precision_recall(a, b) == pytest.approx(
+        (theirs["precision"], theirs["recall"]), rel=1e-7
+    )  # theirs is float32
