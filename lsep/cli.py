@@ -6,7 +6,7 @@ Bad input ends with one sentence on stderr and exit code 2, an interrupted train
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,49 +104,65 @@ class SampleArgs:
     """Classes to draw, in turn; all when not given."""
     num: int | None = None
     """Number of images."""
-    sampler: Literal["ode", "heun", "sde"] | None = None
-    """ode: Euler; heun: second order; sde: Euler-Maruyama."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """The classes in turn, or each image's at random, a function of seed and image."""
+    sampler: Literal["ode", "heun", "sde", "dopri5"] | None = None
+    """ode: Euler; heun: second order; sde: Euler-Maruyama; dopri5: adaptive."""
     steps: int | None = None
     """Sampler steps."""
-    cfg: float | None = None
-    """Guidance scale; 1 is no guidance."""
+    cfg: tuple[float, ...] | None = None
+    """Guidance scale, 1 is no guidance; of several each gets samples of its own."""
     guidance_low: float | None = None
     """Smallest t at which guidance acts."""
     guidance_high: float | None = None
     """Largest t at which guidance acts."""
+    autoguidance: str | None = None
+    """RUN or RUN@STEP of a weaker model, whose velocity takes the place of the unlabelled one."""
     batch_size: int | None = None
-    """Images sampled at once."""
+    """Images that are kept in memory at once, and are lost by a kill; changes nothing of them."""
     seed: int = 0
     """Seed of the noise; image i depends on (seed, i) only."""
     checkpoint: int | None = None
     """Step of the checkpoint to use; the newest when not given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample; auto takes a GPU when there is one."""
+    vae: str | None = None
+    """Folder or hub id of a diffusers AutoencoderKL that decodes latents to images."""
+    rounding: Literal["nearest", "truncate"] = "nearest"
+    """To whole numbers from 0 to 255: nearest (as SiT and DiT), or cut off (as REPA and LSEP)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products; auto is that of the training."""
+    compile: bool = False
+    """torch.compile of the blocks."""
+    shuffle: bool = True
+    """Write the images in random order, so that consecutive ones have all classes."""
     out: Path | None = None
     """A folder for grid.png and samples.npz, or a file ending in .npz; in the run's samples when not given."""
 
 
 def sample(argv: Args) -> None:
-    """draw images from a run's EMA weights: lsep sample RUN [--classes 3 7] [--num N] [--cfg 1.5] [--out DIR]"""
+    """draw images from a run's EMA weights: lsep sample RUN [--classes 3 7] [--num N] [--cfg 1.5 2] [--out DIR]"""
     (path,), argv = first_arguments("sample", ("RUN",), argv)
     example = "lsep sample runs/quickstart --classes 3 7 --num 64 --cfg 2"
     description = f"Draw images from a run's EMA weights.\n\nExample: {example}"
     args = parse(SampleArgs, argv, "lsep sample RUN", description)
 
     from lsep.checks import check
+    from lsep.dist import rank
     from lsep.run import Run
-    from lsep.sample import sample as draw_samples
-    from lsep.step import pick_device
+    from lsep.samples import Request, sample_run
 
     run = Run.existing(path)
     config = run.config()
-    names = ("sampler", "steps", "cfg", "guidance_low", "guidance_high", "num", "batch_size")
+    names = ("sampler", "steps", "guidance_low", "guidance_high", "num", "batch_size")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    config = replace(config, sample=replace(config.sample, **given))
-    check(config)
-    classes = list(args.classes) if args.classes else None
-    device = pick_device(args.device).type
-    for file in draw_samples(run, config, classes, config.sample.num, args.seed, args.out, args.checkpoint, device):
+    scales = (config.sample.cfg,) if args.cfg is None else args.cfg
+    for scale in scales:
+        config = replace(config, sample=replace(config.sample, cfg=scale, **given))
+        check(config)
+    request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)})
+    files = sample_run(run, config, request, scales, args.out, args.checkpoint, args.device)
+    for file in files if rank() == 0 else ():
         print(file)
 
 

@@ -225,10 +225,10 @@ class DistConfig:
 class SampleConfig:
     """How samples are drawn from the EMA weights."""
 
-    sampler: Literal["ode", "heun", "sde"] = "ode"
-    """ode: Euler; heun: second order; sde: Euler-Maruyama with diffusion 2t and a last step at t = 0.04."""
+    sampler: Literal["ode", "heun", "sde", "dopri5"] = "ode"
+    """ode: Euler; heun: second order; sde: Euler-Maruyama, diffusion 2t, last step at t = 0.04; dopri5: adaptive."""
     steps: int = 50
-    """Sampler steps."""
+    """Sampler steps; dopri5 chooses its own."""
     cfg: float = 1.0
     """Guidance scale; 1 is no guidance."""
     guidance_low: float = 0.0
@@ -238,7 +238,7 @@ class SampleConfig:
     num: int = 64
     """Images in a sample grid."""
     batch_size: int = 64
-    """Images sampled at once."""
+    """Images that are kept in memory at once; the model runs on units of 32."""
 
 
 @dataclass(frozen=True)

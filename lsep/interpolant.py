@@ -32,6 +32,7 @@ class Stream(IntEnum):
     WINDOW = 5
     SAMPLE = 6
     SDE = 7
+    SAMPLE_LABEL = 8
 
 
 class Noised(NamedTuple):

@@ -1,17 +1,19 @@
-"""Sampling: one loop for Euler, Heun and the SDE, guidance inside an interval, images out.
+"""Sampling: Euler, Heun, dopri5 and the SDE, guidance inside an interval, images out.
 
     from lsep.sample import load_ema, draw
 
-The noise of an image is a function of (seed, image index) alone: batch size and order change nothing of it.
+The noise of an image is a function of (seed, image index) alone, and the model always runs on units of 32 images, each
+at its place: matrix products of other sizes round otherwise. So an image has the same bits however many are drawn at
+once, and by however many processes.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +31,12 @@ from lsep.run import Run
 from lsep_kernels.reference import normal
 
 Velocity = Callable[[Tensor, float], Tensor]
+Rounding = Literal["nearest", "truncate"]
 
+UNIT = 32
+"""Images the model runs on at once, twice as many under guidance; the last ones are filled up."""
+DOPRI5_ERROR = {"atol": 1e-6, "rtol": 1e-3}
+"""SiT's own setting; the step adapts to a unit's error, so its images depend on one another."""
 SDE_LAST_TIME = 0.04
 """The stochastic steps end here; one deterministic step leads to t = 0."""
 
@@ -48,8 +55,11 @@ def integrate(
 
     ode: Euler. heun: Euler, then the mean of both slopes, but for the last step. sde: Euler-Maruyama on the reverse SDE
     dx = (v - w s / 2) dt + sqrt(w) dW with diffusion w = 2t and score s, the last step without noise.
+    dopri5: torchdiffeq's adaptive Runge-Kutta of order 5, whatever `steps`.
     `velocity(x, t)` and `step_noise(i)` are float64 like x; `kind` names the path.
     """
+    if sampler == "dopri5":
+        return _dopri5(velocity, x)
     schedule = times(sampler, steps)
     for i, (t, t_next) in enumerate(pairwise(schedule)):
         dt, last = t_next - t, t_next == 0
@@ -68,14 +78,29 @@ def integrate(
     return x
 
 
-def guided(model: SiT, y: Tensor, config: SampleConfig) -> Velocity:
-    """The model's velocity under labels y `(N,)`, extrapolated from the unlabelled one where guidance acts."""
+def _dopri5(velocity: Velocity, x: Tensor) -> Tensor:
+    try:
+        from torchdiffeq import odeint
+    except ImportError:
+        raise UserError("--sampler dopri5 needs torchdiffeq, which is not installed: pip install torchdiffeq") from None
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    return odeint(lambda t, x: velocity(x, float(t)), x, ends, method="dopri5", **DOPRI5_ERROR)[-1]
+
+
+def guided(model: SiT, y: Tensor, config: SampleConfig, weak: SiT | None = None) -> Velocity:
+    """The model's velocity under labels y `(N,)`, where guidance acts extrapolated from the unlabelled one.
+
+    weak: extrapolate from the velocity of this model under the same labels instead (autoguidance, arXiv 2406.02507).
+    """
     null = torch.full_like(y, model.null_class)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         time = torch.full((len(x),), t, device=x.device)
         if config.cfg == 1 or not config.guidance_low <= t <= config.guidance_high:
             return model(x.float(), time, y).double()
+        if weak is not None:
+            strong, base = (m(x.float(), time, y).double() for m in (model, weak))
+            return base + config.cfg * (strong - base)
         both = model(x.float().repeat(2, 1, 1, 1), time.repeat(2), torch.cat([y, null])).double()
         labelled, unlabelled = both.chunk(2)
         return unlabelled + config.cfg * (labelled - unlabelled)
@@ -84,30 +109,39 @@ def guided(model: SiT, y: Tensor, config: SampleConfig) -> Velocity:
 
 
 @torch.no_grad()
-def draw(model: SiT, config: Config, labels: Tensor, seed: int, first: int = 0, progress: bool = False) -> Tensor:
-    """Samples `(N, C, H, W)` float32 for labels `(N,)` on the model's device; image i has index `first + i`."""
+def draw(
+    model: SiT, config: Config, labels: Tensor, seed: int, first: int = 0, progress: bool = False,
+    weak: SiT | None = None,
+) -> Tensor:  # fmt: skip
+    """Samples `(N, C, H, W)` float32 for labels `(N,)` on the model's device; image i has index `first + i`.
+
+    weak: the model of autoguidance, see `guided`.
+    """
     training = model.training
     model.eval()
     device = model.pos_embed.device
     shape = (config.model.in_channels or 0, config.model.input_size or 0, config.model.input_size or 0)
     if not config.model.conditional:
         labels = torch.full_like(labels, model.null_class)
+    before = first % UNIT
+    after = -(before + len(labels)) % UNIT
+    filled = torch.nn.functional.pad(labels.to(device), (before, after), value=model.null_class)
     parts = []
-    starts = range(0, len(labels), config.sample.batch_size)
-    for start in tqdm(starts, disable=not (progress and sys.stderr.isatty()), unit="batch"):
-        y = labels[start : start + config.sample.batch_size].to(device)
-        ids = torch.arange(first + start, first + start + len(y), device=device)
+    starts = range(0, len(filled), UNIT)
+    for start in tqdm(starts, disable=not (progress and sys.stderr.isatty()), unit="unit"):
+        y = filled[start : start + UNIT]
+        ids = torch.arange(first - before + start, first - before + start + UNIT, device=device)
         x = normal(seed, Stream.SAMPLE, 0, ids, shape).double()
 
         def step_noise(i: int, ids: Tensor = ids) -> Tensor:
             return normal(seed, Stream.SDE, i, ids, shape).double()
 
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            velocity = guided(model, y, config.sample)
+            velocity = guided(model, y, config.sample, weak)
             x = integrate(velocity, x, config.sample.sampler, config.sample.steps, config.interpolant.path, step_noise)
         parts.append(x.float())
     model.train(training)
-    return torch.cat(parts)
+    return torch.cat(parts)[before : before + len(labels)]
 
 
 def grid_labels(num: int, num_classes: int) -> Tensor:
@@ -117,11 +151,16 @@ def grid_labels(num: int, num_classes: int) -> Tensor:
 
 def to_images(x: Tensor, manifest: Manifest) -> np.ndarray:
     """uint8 images `(N, H, W, channels)`; of latents a preview, their first three channels from -3 to 3."""
-    if manifest.kind == "pixels":
-        x = (x + 1) * 127.5
-    else:
-        x = (x[:, : 3 if x.shape[1] >= 3 else 1] / 6 + 0.5) * 255
-    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(x if manifest.kind == "pixels" else x[:, : 3 if x.shape[1] >= 3 else 1] / 3)
+
+
+def to_uint8(x: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
+    """Images `(N, C, H, W)` from -1 to 1 as uint8 `(N, H, W, C)`.
+
+    nearest: 127.5 x + 128, cut off (SiT, DiT); truncate: 127.5 (x + 1), cut off (REPA, LSEP).
+    """
+    x = 127.5 * x.float() + (128 if rounding == "nearest" else 127.5)
+    return x.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: int = 48) -> None:
@@ -142,16 +181,6 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     temporary.replace(path)
 
 
-def save_npz(x: Tensor, labels: Tensor, path: Path, manifest: Manifest) -> None:
-    """Labels `arr_1` and `arr_0`: uint8 images (N, H, W, C), or float32 latents (N, C, H, W) as a VAE decodes them."""
-    array = to_images(x, manifest) if manifest.kind == "pixels" else (x / manifest.scale + manifest.shift).cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, array, labels.cpu().numpy())
-    temporary.replace(path)
-
-
 def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[SiT, Config, Manifest, int]:
     """EMA model of a run's newest checkpoint (or that of `step`) in eval mode, configuration, data and step."""
     config, manifest = run.config(), run.manifest()
@@ -162,43 +191,3 @@ def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Si
     objective = Objective(config, manifest, chosen.ops)
     checkpoint.load_weights(path, "ema", objective)
     return objective.model.to(device).eval(), config, manifest, int(path.name)
-
-
-def _folder_name(config: SampleConfig, step: int, seed: int, classes: list[int] | None) -> str:
-    """A name that tells the settings, so that other settings do not replace earlier samples."""
-    name = f"step-{step:07d}-{config.sampler}-{config.steps}-cfg-{config.cfg:g}-seed-{seed}"
-    return name + ("" if classes is None else "-classes-" + "-".join(map(str, classes)))
-
-
-def sample(
-    run: Run,
-    config: Config,
-    classes: list[int] | None,
-    num: int,
-    seed: int,
-    out: Path | None,
-    step: int | None,
-    device: str,
-) -> tuple[Path, Path]:
-    """Draw `num` images from a run with the sampling settings of `config`; returns the PNG grid and the .npz."""
-    model, _, manifest, step = load_ema(run, step, device)
-    for c in classes or []:
-        if not 0 <= c < manifest.num_classes:
-            raise UserError(f"--classes holds {c}, expected from 0 to {manifest.num_classes - 1}")
-    labels = (
-        torch.tensor(classes)[grid_labels(num, len(classes))] if classes else grid_labels(num, manifest.num_classes)
-    )
-    out = out or run.samples / _folder_name(config.sample, step, seed, classes)
-    npz = out if out.suffix == ".npz" else out / "samples.npz"
-    grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
-    try:
-        npz.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be a folder ({error.strerror}), expected one or a file .npz") from None
-    x = draw(model, config, labels, seed, progress=True)
-    save_npz(x, labels, npz, manifest)
-    save_grid(to_images(x[:400], manifest), grid)
-    if out.suffix != ".npz":
-        settings = {"step": step, "seed": seed, "num": num, "classes": classes, **vars(config.sample)}
-        (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return grid, npz

@@ -1,0 +1,35 @@
+"""From latents to images through a diffusers `AutoencoderKL`."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsep.data.encode import load_vae
+from lsep.data.manifest import Manifest
+from lsep.errors import UserError
+from lsep.sample import Rounding, to_uint8
+
+UNIT = 8
+"""Latents decoded at once, always as many, so that an image does not depend on how many there are."""
+
+
+class Decoder:
+    """The decoder of `vae`, a folder or a hub id, for latents as the model sees them."""
+
+    def __init__(self, vae: str, manifest: Manifest, rounding: Rounding, device: torch.device) -> None:
+        """Raises UserError where the VAE cannot be had or has other latents."""
+        self.vae = load_vae(vae).to(device).eval().requires_grad_(False)
+        self.manifest, self.rounding = manifest, rounding
+        channels = int(self.vae.config.latent_channels)
+        if channels != manifest.shape[0]:
+            raise UserError(
+                f"--vae {vae}: its latents have {channels} channels, expected the run's {manifest.shape[0]}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> np.ndarray:
+        """uint8 images `(N, H, W, 3)` of latents `(N, C, h, w)`."""
+        latents = x / self.manifest.scale + self.manifest.shift
+        filled = torch.cat([latents, latents[:1].expand(-len(x) % UNIT, -1, -1, -1)])
+        images = [to_uint8(self.vae.decode(part).sample, self.rounding) for part in filled.split(UNIT)]
+        return np.concatenate(images)[: len(x)]
