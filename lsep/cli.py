@@ -166,13 +166,6 @@ def sample(argv: Args) -> None:
         print(file)
 
 
-def probe(argv: Args) -> None:
-    """how separable a run's features are, by depth and time: lsep probe RUN [RUN ...] [--times 0.2 0.5]"""
-    from lsep.separability.commands import main as probe_main
-
-    probe_main(argv)
-
-
 def import_(argv: Args) -> None:
     """make a run of SiT, REPA, LSEP, DiT or diffusers weights: lsep import FILE --out RUN [--form sit]"""
     from lsep.weights.commands import import_weights
@@ -244,7 +237,7 @@ def checkpoint(argv: Args) -> None:
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
     c.__name__.rstrip("_"): c
-    for c in (train, sample, evaluate, probe, report, import_, export, checkpoint, data, presets, profile, doctor)
+    for c in (train, sample, evaluate, report, import_, export, checkpoint, data, presets, profile, doctor)
 }
 
 

@@ -86,7 +86,7 @@ def render(run: Run) -> Path:
     rows = "".join(f"<tr><td>{k}<td>{html.escape(repr(v))}" for k, v in flat(config).items())
     parts.append(f"<h2>Configuration</h2><details><summary>all fields</summary><table>{rows}</table></details>")
     title = html.escape(f"{run.path.name}: {run.preset()}")
-    write_atomic(run.report_file, PAGE.format(title=title, body="\n".join(parts)))
+    write_atomic(run.report_file, _PAGE.format(title=title, body="\n".join(parts)))
     return run.report_file
 
 
@@ -193,7 +193,7 @@ def _figure(png: bytes, caption: str) -> str:
     )
 
 
-PAGE = """<!doctype html>
+_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <title>{title}</title>
