@@ -150,6 +150,13 @@ def sample(argv: Args) -> None:
         print(file)
 
 
+def probe(argv: Args) -> None:
+    """linear separability of a run's features by depth and t: lsep probe RUN [RUN ...] [--times 0.1 0.5] [--out DIR]"""
+    from lsep.separability.commands import main as probe_main
+
+    probe_main(argv)
+
+
 def report(argv: Args) -> None:
     """write a run's report.html again from its files: lsep report RUN"""
     (path,), argv = first_arguments("report", ("RUN",), argv)
@@ -199,7 +206,7 @@ def checkpoint(argv: Args) -> None:
 
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
-    c.__name__: c for c in (train, sample, report, checkpoint, data, presets, profile, doctor)
+    c.__name__: c for c in (train, sample, probe, report, checkpoint, data, presets, profile, doctor)
 }
 
 
