@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lsep.separability.measure import Settings
     from lsep.separability.page import Measured
 
+LEAST_TESTS = 12
+"""Images that test a probe, at least: CKNNA needs more than its ten neighbours."""
+
 
 @dataclass(frozen=True)
 class ProbeArgs:
@@ -94,7 +97,9 @@ def main(argv: Args) -> None:
 
     write_atomic(out / "probe.json", text)
     written = page.write(measured, out)
-    print(text if args.json else "\n\n".join([*map(_table, measured), f"page: {written[0]}"]), end="\n"[: not args.json])
+    print(
+        text if args.json else "\n\n".join([*map(_table, measured), f"page: {written[0]}"]), end="\n"[: not args.json]
+    )
 
 
 def _check(args: ProbeArgs) -> None:
@@ -106,7 +111,7 @@ def _check(args: ProbeArgs) -> None:
             raise UserError(f"--{flag} is {shown(value)}, expected {wanted}")
 
     require(bool(args.times) and all(0 <= t <= 1 for t in args.times), "times", "numbers from 0 to 1")
-    for flag, least in (("num", 36), ("seeds", 1), ("tokens", 1), ("batch-size", 1)):
+    for flag, least in (("num", 3 * LEAST_TESTS), ("seeds", 1), ("tokens", 1), ("batch-size", 1)):
         require(least <= getattr(args, flag.replace("-", "_")) < 2**31, flag, f"at least {least}")
     require(0 < args.l2 < 1e6, "l2", "a number above 0")  # at 0 separable features have no optimum
     require(0 < args.memory < 1e9, "memory", "gigabytes above 0")
@@ -144,21 +149,25 @@ def _open_data(args: ProbeArgs, runs: list["Run"]) -> tuple[list["Source"], "Sou
     for run, manifest in zip(runs[1:], manifests[1:], strict=True):
         changed = _differences(manifests[0], manifest, (*_SAME, "rows"))
         if changed:
-            raise UserError(f"{runs[0].path} and {run.path} have different data ({'; '.join(changed)}), expected the same")
-    sources = [_open_own(args, run, manifest) for run, manifest in zip(runs, manifests, strict=True)]
+            raise UserError(
+                f"{runs[0].path} and {run.path} have different data ({'; '.join(changed)}), expected the same"
+            )
+    sources = [_open_own(args.data, run, manifest) for run, manifest in zip(runs, manifests, strict=True)]
     if args.test_data is None:
         return sources, None
     test = _open("--test-data", args.test_data, runs[0].config())
     changed = _differences(manifests[0], test.manifest, _SAME)
     if changed:
         raise UserError(f"--test-data {args.test_data}: other data than the run's ({'; '.join(changed)})")
+    if test.manifest.source in {manifest.source for manifest in (*manifests, *(s.manifest for s in sources))}:
+        raise UserError(f"--test-data {args.test_data} is what the run was trained on, expected a set that it was not")
     return sources, test
 
 
-def _open_own(args: ProbeArgs, run: "Run", manifest: "Manifest") -> "Source":
+def _open_own(moved: str | None, run: "Run", manifest: "Manifest") -> "Source":
     config = run.config()
-    if args.data is not None:
-        source = _open("--data", args.data, config)
+    if moved is not None:
+        source = _open("--data", moved, config)
     else:
         # The manifest has the whole path, the configuration what was typed.
         path = "digits" if config.data.path == "digits" else manifest.source
@@ -195,6 +204,7 @@ def _settings(
 ) -> "Settings":
     """What is measured on a run; raises UserError where that is not possible or takes more memory than --memory."""
     from lsep.checkpoint import find
+    from lsep.separability.features import split
     from lsep.separability.measure import Settings, cached_bytes
 
     config = run.config()
@@ -204,18 +214,22 @@ def _settings(
     for depth in depths:
         if not 1 <= depth <= blocks:
             raise UserError(f"--depths holds {depth}, but {run.path} has {blocks} blocks, expected from 1 to {blocks}")
-    smallest = min(source.manifest.rows, test_source.manifest.rows * 3 if test_source else source.manifest.rows)
-    if smallest < 36:
-        raise UserError(f"{source.manifest.source}: too few images to train and test a probe, expected at least 36")
-    settings = Settings(depths, args.times, args.num, args.seeds, args.tokens, args.l2, args.batch_size)
-    needed = cached_bytes(config, settings, source.manifest.rows, encode is not None) / 1e9
+    settings = Settings(
+        tuple(sorted(depths)), tuple(sorted(args.times)), args.num, args.seeds, args.tokens, args.l2, args.batch_size
+    )
+    train, test = (len(part.ids) for part in split(source, args.num, 0, test_source))
+    if test < LEAST_TESTS:
+        where = (test_source or source).manifest.source
+        raise UserError(f"{where}: leaves {test} images to test a probe, expected at least {LEAST_TESTS}")
+    needed = cached_bytes(config, settings, train, test, encode is not None) / 1e9
     if needed > args.memory:
         raise UserError(
-            f"--memory is {args.memory:g} GB, but the features of {run.path} take {needed:.2f}: expected that much, fewer "
-            "--depths, or smaller --num and --tokens"
+            f"--memory is {args.memory:g} GB, but the features of {run.path} take {needed:.3g}: expected that much, "
+            "fewer --depths, or smaller --num and --tokens"
         )
     print(
-        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {args.seeds} seeds, {needed * 1e3:,.0f} MB of features",
+        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {args.seeds} seeds of {train} + {test} images, "
+        f"{needed * 1e3:,.0f} MB of features",
         file=sys.stderr,
     )
     return settings

@@ -1,8 +1,9 @@
 """Features of a given encoder for the same images: a function, or a file of what it gave.
 
-`--encoder module:function` or `path/to/file.py:function` is called with uint8 images `(N, H, W, C)` and returns features
-`(N, E)`, a tensor or an array; a parameter `device`, if it has one, gets the torch.device of --device. With an attribute
-`latents = True` it is called with latents instead, float32 `(N, C, H, W)` as a VAE decodes them (of moments the means).
+`--encoder module:function` or `path/to/file.py:function` is called with uint8 images `(N, H, W, C)` and returns
+features `(N, E)`, a tensor or an array; a parameter `device`, if it has one, gets the torch.device of --device. With an
+attribute `latents = True` it is called with latents instead, float32 `(N, C, H, W)` as a VAE decodes them (of moments
+the means).
 `--encoder-features FILE.npz` holds `arr_0` `(rows, E)`, one row for each of the data set that tests.
 """
 
@@ -33,8 +34,8 @@ def from_function(name: str, source: Source, device: torch.device, batch_size: i
     if latents == (m.kind == "pixels"):
         takes, has = ("latents", "pixels") if latents else ("images", "latents")
         raise UserError(
-            f"--encoder {name} takes {takes}, but {m.source} holds {has}: expected --encoder-features FILE.npz with the "
-            "encoder's features of the same images"
+            f"--encoder {name} takes {takes}, but {m.source} holds {has}: expected --encoder-features FILE.npz "
+            "with the encoder's features of the same images"
         )
     given = {"device": device} if "device" in inspect.signature(function).parameters else {}
 

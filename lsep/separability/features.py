@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     tokens: list[Tensor]
     """`(B, T, D)` for each depth, without a label in the conditioning."""
     labelled: list[Tensor] | None
-    """The same with it."""
+    """The same with it, where that was asked for."""
     window: Tensor
     """Pooling weights `(B, T)` of a random window."""
     y: Tensor
@@ -100,15 +100,15 @@ def draw_windows(config: ProbeConfig, grid: int, seed: int, part: Part, ids: Ten
 def noised(part: Part, x: Tensor, ids: Tensor, t: Tensor, config: Config, seed: int) -> Tensor:
     """x_t `(B, C, H, W)` of stored rows x at times t `(B,)` on the run's path."""
     m, streams = part.source.manifest, (int(Stream.PROBE_POSTERIOR), int(Stream.PROBE_NOISE))
-    path = config.interpolant.path
-    return interpolate(x, ids, part.number, t, seed, m.kind, path, m.shift, m.scale, streams)[0]
+    path, number = config.interpolant.path, torch.tensor(part.number, device=ids.device)
+    return interpolate(x, ids, number, t, seed, m.kind, path, m.shift, m.scale, streams)[0]
 
 
 def batches(
     model: Features, config: Config, part: Part, t: float, seed: int, depths: Sequence[int], batch_size: int,
-    device: torch.device,
+    device: torch.device, control: bool,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Tokens of all images of `part` at time t, in the precision the run was trained in."""
+    """Tokens of all images of `part` at time t, with `control` also under their labels, in the run's own precision."""
     for start in range(0, len(part.ids), batch_size):
         some = part.ids[start : start + batch_size]
         rows = part.source.read(some)
@@ -118,7 +118,7 @@ def batches(
         y = torch.from_numpy(rows.y).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             tokens = model.features(x_t, time, torch.full_like(y, model.null_class), depths)
-            labelled = model.features(x_t, time, y, depths) if config.model.conditional else None
+            labelled = model.features(x_t, time, y, depths) if control else None
         window = draw_windows(config.probe, config.grid, seed, part, ids)
         probe_y = torch.from_numpy(rows.probe_y).to(device)
         yield Batch(slice(start, start + len(some)), tokens, labelled, window, probe_y)

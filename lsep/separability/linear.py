@@ -63,8 +63,9 @@ def fit(x: Tensor, y: Tensor, classes: int, l2: float) -> Linear:
         return float(value)
 
     search = torch.optim.LBFGS(
-        [a], max_iter=MOST_ITERATIONS, tolerance_grad=TOLERANCE, history_size=20, line_search_fn="strong_wolfe"
-    )
+        [a], max_iter=MOST_ITERATIONS, tolerance_grad=TOLERANCE, history_size=20, line_search_fn="strong_wolfe",
+        tolerance_change=TOLERANCE**2,  # what is left of the loss is quadratic in the gradient
+    )  # fmt: skip
     search.step(loss)
     loss()
     weight = (a[:, :-1] @ basis.T) / std
@@ -77,10 +78,11 @@ def _curvature(classes: int) -> float:
 
 
 def _coordinates(z: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """`basis` (D, D) and its columns' lengths `(D,)`: principal axes, each scaled to unit curvature of the loss at zero.
+    """`basis` (D, D) and its columns' lengths `(D,)`: principal axes, scaled to unit curvature of the loss at zero.
 
-    Features of a trained network differ in variance by orders of magnitude; in these coordinates the search takes tens
-    of iterations where it took hundreds. The loss, and so the optimum, stays the same.
+    Features of a trained network are so correlated that along axes they differ in variance by orders of magnitude. On
+    those of a quickstart run the search took 8 to 58 evaluations in these coordinates, and 130 to over 300 without
+    reaching its tolerance in the plain ones. The loss, and so the optimum, stays the same.
     """
     gram = (z.T @ z).double() / len(z)
     values, axes = torch.linalg.eigh(gram)

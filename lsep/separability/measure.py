@@ -1,4 +1,4 @@
-"""One run's figures: for every seed and time the features are extracted once, for all depths, and probes fitted on them.
+"""One run's figures: for every seed and time features are extracted once, for all depths, and probes fitted on them.
 
     training rows -> pooled features and some tokens, in memory -> probes
     testing rows  -> classified batch by batch, every token; only pooled features stay, and only for an encoder
@@ -50,7 +50,8 @@ class Figures:
     depths: tuple[int, ...]
     times: tuple[float, ...]
     accuracy: dict[str, np.ndarray]
-    """By kind: pooled (mean over all tokens), windowed, token, and for conditional models control (pooled, labelled)."""
+    """By kind: pooled (mean over all tokens), windowed, token, and for conditional models control (pooled, labelled),
+    which the first seed alone has: it costs as much as the others together."""
     token_map: np.ndarray
     """Accuracy of the tokens at each place of the grid, mean over seeds `(depths, times, grid, grid)`."""
     alike: dict[str, np.ndarray]
@@ -66,7 +67,7 @@ class Figures:
 
 
 class Cell(NamedTuple):
-    """Figures of a seed and a time, by depth."""
+    """Figures of a seed and a time, by depth; the control is among the first seed's."""
 
     accuracy: dict[str, list[float]]
     token_map: Tensor
@@ -92,13 +93,15 @@ class Subject:
     def classes(self) -> int:
         return self.source.manifest.probe_classes
 
+    def has_control(self, seed: int) -> bool:
+        """Whether features under the label are probed too: once is enough for what only shows that a label leaks."""
+        return self.config.model.conditional and seed == 0
 
-def cached_bytes(config: Config, settings: Settings, rows: int, encoder: bool) -> int:
-    """Memory that the features take which are kept for a time, in bytes; `rows` of the data set bound the images."""
-    images = min(settings.num, rows)
-    tests = images // 3
+
+def cached_bytes(config: Config, settings: Settings, train: int, test: int, encoder: bool) -> int:
+    """Bytes of the features kept at a time, where `train` images train and `test` images test."""
     kinds = 3 if config.model.conditional else 2
-    vectors = (images - tests) * kinds + min(settings.tokens, (images - tests) * config.grid**2) + tests * encoder
+    vectors = train * kinds + min(settings.tokens, train * config.grid**2) + test * encoder
     return vectors * len(settings.depths) * config.model.hidden_size * 4
 
 
@@ -116,16 +119,23 @@ def measure(subject: Subject, settings: Settings, advance: Callable[[int], objec
         other = None if subject.encode is None else Other(subject.encode(test.ids))
         cells.append([_cell(subject, settings, train, test, chosen, t, seed, other, advance) for t in times])
 
-    def table(values: Callable[[Cell], Sequence[float]]) -> np.ndarray:
+    def table(cells: list[list[Cell]], values: Callable[[Cell], Sequence[float]]) -> np.ndarray:
         return np.array([[values(cell) for cell in of_seed] for of_seed in cells]).transpose(0, 2, 1)
+
+    def accuracy(kind: str) -> np.ndarray:
+        with_it = [of_seed for of_seed in cells if kind in of_seed[0].accuracy]
+        return table(with_it, lambda cell: cell.accuracy[kind])
+
+    def alike(name: str) -> np.ndarray:
+        return table(cells, lambda cell: cell.alike[name])
 
     grid, first = subject.config.grid, cells[0][0]
     maps = np.mean([[cell.token_map.cpu().numpy() for cell in of_seed] for of_seed in cells], axis=0)
     return Figures(
         depths, times,
-        {kind: table(lambda cell, k=kind: cell.accuracy[k]) for kind in first.accuracy},
+        {kind: accuracy(kind) for kind in first.accuracy},
         maps.transpose(1, 0, 2).reshape(len(depths), len(times), grid, grid),
-        {name: table(lambda cell, n=name: cell.alike[n]) for name in first.alike},
+        {name: alike(name) for name in first.alike},
         rows, tokens, float(np.mean(chances)), sum(cell.not_converged for of_seed in cells for cell in of_seed),
     )  # fmt: skip
 
@@ -153,13 +163,15 @@ def _cell(
     subject: Subject, settings: Settings, train: Part, test: Part, chosen: Tensor, t: float, seed: int,
     other: Other | None, advance: Callable[[int], object],
 ) -> Cell:  # fmt: skip
+    control = subject.has_control(seed)
+
     def of(part: Part) -> Iterator[Batch]:
         depths, size = settings.depths, settings.batch_size
-        for batch in batches(subject.model, subject.config, part, t, seed, depths, size, subject.device):
+        for batch in batches(subject.model, subject.config, part, t, seed, depths, size, subject.device, control):
             yield batch
             advance(len(batch.y))
 
-    probes = _train(subject, settings, train, chosen, of(train))
+    probes = _train(subject, settings, train, chosen, of(train), control)
     n, count = len(test.ids), len(settings.depths)
     hits = {kind: torch.zeros(count, dtype=torch.int64, device=subject.device) for kind in probes}
     right = torch.zeros(count, subject.config.grid**2, dtype=torch.int64, device=subject.device)
@@ -192,11 +204,13 @@ def _pooled(batch: Batch, i: int) -> dict[str, Tensor]:
     return features
 
 
-def _train(subject: Subject, settings: Settings, part: Part, chosen: Tensor, extracted: Iterator[Batch]) -> Classifiers:
+def _train(
+    subject: Subject, settings: Settings, part: Part, chosen: Tensor, extracted: Iterator[Batch], control: bool
+) -> Classifiers:
     """Collect the features of the training rows and fit the probes on them."""
     count, width, device = len(settings.depths), subject.config.model.hidden_size, subject.device
     chosen = chosen.to(device)
-    kinds = ["pooled", "windowed", *(["control"] if subject.config.model.conditional else [])]
+    kinds = ["pooled", "windowed", *(["control"] if control else [])]
     x = {kind: torch.empty(count, len(part.ids), width, device=device) for kind in kinds}
     x["token"] = torch.empty(count, int(chosen.sum()), width, device=device)
     y = torch.empty(len(part.ids), dtype=torch.int64, device=device)

@@ -18,7 +18,7 @@ TITLES = {
     "pooled": "pooled over all tokens",
     "windowed": "pooled over a random window",
     "token": "each token by itself",
-    "control": "control: pooled, with the label in the conditioning",
+    "control": "control: pooled, labelled",
     "cka": "linear CKA with the encoder",
     "cknna": "CKNNA with the encoder",
 }
@@ -38,6 +38,11 @@ class Measured:
     seen: bool
     """Whether the denoiser has seen the testing rows in training."""
     figures: Figures
+
+    @property
+    def label(self) -> str:
+        """The name as matplotlib shows it, which would take what stands between two $ for mathematics."""
+        return self.name.replace("$", r"\$")
 
     @property
     def about(self) -> str:
@@ -122,12 +127,15 @@ def _heat_maps(measured: list[Measured], kinds: list[str]) -> Any:
             mesh = ax.imshow(whole, vmin=0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
             ax.set_xticks(range(len(m.figures.times)), [f"{t:g}" for t in m.figures.times])
             ax.set_yticks(range(len(depths)), [str(d) for d in depths])
-            title = TITLES[kind] if len(measured) == 1 else f"{m.name}\n{TITLES[kind]}"
-            ax.set_title(title.replace(": ", ":\n").replace(", ", ",\n"), fontsize=9)
+            ax.set_title(_title(measured, m, kind), fontsize=9)
             ax.set(xlabel="t", ylabel="depth")
             _write_cells(ax, whole, top)
     figure.colorbar(mesh, ax=axes, extend="max" if "control" in kinds else "neither")
     return figure
+
+
+def _title(measured: list[Measured], m: Measured, kind: str) -> str:
+    return TITLES[kind] if len(measured) == 1 else f"{m.label}\n{TITLES[kind]}"
 
 
 def _write_cells(ax: Any, values: np.ndarray, top: float) -> None:
@@ -155,8 +163,7 @@ def _curves(measured: list[Measured], kind: str) -> Any:
         ax.axhline(f.chance, color="0.5", linestyle=":", linewidth=1)
         if m.probe_depth is not None:
             ax.axvline(m.probe_depth, color="0.5", linestyle="--", linewidth=1)
-        title = TITLES[kind] if len(measured) == 1 else f"{m.name}\n{TITLES[kind]}"
-        ax.set_title(title, fontsize=9)
+        ax.set_title(_title(measured, m, kind), fontsize=9)
         ax.set(xlabel="depth", ylabel="accuracy", xlim=(0.5, deepest + 0.5), ylim=(0, 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
@@ -181,7 +188,7 @@ def _token_maps(measured: list[Measured]) -> Any:
             if k == 0:
                 ax.set_title(f"t = {t:g}", fontsize=9)
         name = f"depth {m.figures.depths[i]}"
-        axes[k, 0].set_ylabel(name if len(measured) == 1 else f"{m.name}\n{name}", fontsize=8)
+        axes[k, 0].set_ylabel(name if len(measured) == 1 else f"{m.label}\n{name}", fontsize=8)
     figure.colorbar(mesh, ax=axes, shrink=min(1.0, 3 / len(rows)))
     return figure
 

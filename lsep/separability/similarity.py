@@ -24,7 +24,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 class Neighbours(NamedTuple):
     """Of each row of N the k others with the largest kernel, and the kernel's values: both `(N, k)`."""
 
-    index: Tensor
+    nearest: Tensor
     kernel: Tensor
 
 
@@ -54,10 +54,10 @@ def cknna(a: Neighbours, b: Neighbours) -> float:
 
 def _hsic(a: Neighbours, b: Neighbours) -> float:
     """Unbiased HSIC (Song et al. 2012, equation 5) of the restricted kernels, from their non-zero entries."""
-    n = len(a.index)
-    same = a.index[:, :, None] == b.index[:, None, :]  # (N, k, k)
+    n = len(a.nearest)
+    same = a.nearest[:, :, None] == b.nearest[:, None, :]  # (N, k, k)
     row, in_a, in_b = same.nonzero(as_tuple=True)
-    column, k_value, l_value = a.index[row, in_a], a.kernel[row, in_a], b.kernel[row, in_b]
+    column, k_value, l_value = a.nearest[row, in_a], a.kernel[row, in_a], b.kernel[row, in_b]
     # tr(K L): entry (i, j) of K meets entry (j, i) of L, where that is not zero as well.
     key, mirrored = row * n + column, column * n + row
     order = key.argsort()
