@@ -42,7 +42,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; }}
 .curves, .grids {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-figure {{ margin: 0; }} img {{ max-width: 32rem; image-rendering: pixelated; }}
+svg {{ max-width: 100%; height: auto; }} figure {{ margin: 0; }} img {{ max-width: 32rem; image-rendering: pixelated; }}
 </style>
 <h1>{title}</h1>
 {body}

@@ -1,9 +1,11 @@
 """`lsep probe` on data of known separability, its parts against other implementations, its errors."""
 
+import io
 import json
 import math
 import re
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,10 @@ from lsep.checks import resolve
 from lsep.config import Config, ProbeConfig
 from lsep.data.store import Store
 from lsep.data.writer import write_store
+from lsep.errors import UserError
 from lsep.interpolant import Stream
 from lsep.run import Run
-from lsep.separability import features, linear, similarity
+from lsep.separability import encoder, features, linear, similarity
 from lsep.separability.measure import Figures, Settings, Subject, measure
 from lsep.train import train
 
@@ -140,6 +143,29 @@ def test_cknna_is_its_formula(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert similarity.cknna(own, similarity.neighbours(close, k)) > 2 * similarity.cknna(
         own, similarity.neighbours(far, k)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders
+
+
+def test_an_encoder_of_latents_gets_the_means_as_stored(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "latents.py").write_text(
+        "def flat(x):\n    assert x.dtype == 'float32' and x.shape[1:] == (3, 8, 8)\n    return x.reshape(len(x), -1)\n"
+        "flat.latents = True\n"
+    )
+    source, ids = Store(store), np.array([40, 3, 17])
+    found = encoder.from_function(f"{tmp_path / 'latents.py'}:flat", source, torch.device("cpu"), 2)(ids)
+    np.testing.assert_array_equal(found.numpy(), source.read(ids).x[:, :3].reshape(3, -1))
+
+
+def test_a_header_that_promises_more_than_the_file_holds(store: Path, tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (43, 10**12)})
+    with zipfile.ZipFile(tmp_path / "f.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + b"1234")
+    with pytest.raises(UserError, match=r"arr_0 of \(43, 1000000000000\) float32 does not fit its 4 bytes"):
+        encoder.from_file(tmp_path / "f.npz", Store(store), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +359,8 @@ def test_page_of_one_run(runs: dict[str, Run], capsys: pytest.CaptureFixture[str
         "tokens.png",
     }  # fmt: skip
     page = (folder / "probe.html").read_text()
-    assert page.count("<svg") == 5 and not [u for u in re.findall(r'(?:src|href)="([^"#]+)"', page) if ":" not in u[:6]]
+    outside = [u for u in re.findall(r'(?:src|href)="([^"]+)"', page) if not u.startswith(("data:", "#"))]
+    assert page.count("<svg") == 5 and not outside
     (values,) = json.loads((folder / "probe.json").read_text())["runs"]
     assert values["depths"] == [1, 2, 3] and values["test_images_seen_in_training"]
     assert np.shape(values["accuracy"]["token"]) == (2, 3, 2) and np.shape(values["token_map"]) == (3, 2, 4, 4)
@@ -348,9 +375,9 @@ def test_runs_side_by_side_with_an_encoder(
         "def mean(images, device):\n    assert images.dtype == 'uint8' and images.shape[1:] == (8, 8, 1)\n"
         "    return images.reshape(len(images), -1).astype('float64')\n"
     )
-    pair, encoder = [runs["lsep"], runs["plain"]], f"{tmp_path / 'encoder.py'}:mean"
+    pair, function = [runs["lsep"], runs["plain"]], f"{tmp_path / 'encoder.py'}:mean"
     copy = str(shutil.copytree(runs["lsep"].manifest().source, tmp_path / "copy"))
-    code, out, err = probe(capsys, pair, tmp_path / "both", "--encoder", encoder, "--json", "--test-data", copy)
+    code, out, err = probe(capsys, pair, tmp_path / "both", "--encoder", function, "--json", "--test-data", copy)
     assert code == 0, err
     first, second = json.loads(out)["runs"]
     assert out == (tmp_path / "both" / "probe.json").read_text()

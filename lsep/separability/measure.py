@@ -73,6 +73,8 @@ class Cell(NamedTuple):
     token_map: Tensor
     """Share of right tokens `(depths, T)`."""
     alike: dict[str, list[float]]
+    chance: float
+    """Share of the testing rows' most common class."""
     not_converged: int
 
 
@@ -109,11 +111,10 @@ def cached_bytes(config: Config, settings: Settings, train: int, test: int, enco
 def measure(subject: Subject, settings: Settings, advance: Callable[[int], object] = lambda images: None) -> Figures:
     """All figures of a run; `advance` is told of every batch of images whose features are there."""
     seeds, depths, times = range(settings.seeds), settings.depths, settings.times
-    cells, rows, chances, tokens = [], (0, 0), [], 0
+    cells, rows, tokens = [], (0, 0), 0
     for seed in seeds:
         train, test = split(subject.source, settings.num, seed, subject.test_source)
         rows = len(train.ids), len(test.ids)
-        chances.append(_largest_share(test, settings.batch_size))
         chosen = choose_tokens(train, settings.tokens, subject.config.grid**2, seed)
         tokens = int(chosen.sum())
         other = None if subject.encode is None else Other(subject.encode(test.ids))
@@ -136,7 +137,8 @@ def measure(subject: Subject, settings: Settings, advance: Callable[[int], objec
         {kind: accuracy(kind) for kind in first.accuracy},
         maps.transpose(1, 0, 2).reshape(len(depths), len(times), grid, grid),
         {name: alike(name) for name in first.alike},
-        rows, tokens, float(np.mean(chances)), sum(cell.not_converged for of_seed in cells for cell in of_seed),
+        rows, tokens, float(np.mean([of_seed[0].chance for of_seed in cells])),
+        sum(cell.not_converged for of_seed in cells for cell in of_seed),
     )  # fmt: skip
 
 
@@ -152,11 +154,6 @@ class Other:
             "cka": similarity.linear_cka(pooled, self.features),
             "cknna": similarity.cknna(similarity.neighbours(pooled), self.neighbours),
         }
-
-
-def _largest_share(part: Part, batch_size: int) -> float:
-    labels = [part.source.read(part.ids[i : i + batch_size]).probe_y for i in range(0, len(part.ids), batch_size)]
-    return float(np.bincount(np.concatenate(labels)).max() / len(part.ids))
 
 
 def _cell(
@@ -175,8 +172,10 @@ def _cell(
     n, count = len(test.ids), len(settings.depths)
     hits = {kind: torch.zeros(count, dtype=torch.int64, device=subject.device) for kind in probes}
     right = torch.zeros(count, subject.config.grid**2, dtype=torch.int64, device=subject.device)
+    labels = torch.zeros(subject.classes, dtype=torch.int64, device=subject.device)
     kept = torch.empty(count if other else 0, n, subject.config.model.hidden_size, device=subject.device)
     for batch in of(test):
+        labels += torch.bincount(batch.y, minlength=subject.classes)
         for i in range(count):
             features = _pooled(batch, i)
             for kind, x in features.items():
@@ -191,6 +190,7 @@ def _cell(
         {kind: (found / trials[kind]).tolist() for kind, found in hits.items()},
         right / n,
         {name: [values[name] for values in likeness] for name in (likeness[0] if likeness else ())},
+        float(labels.max() / n),
         sum(not probe.converged for of_kind in probes.values() for probe in of_kind),
     )
 
