@@ -187,6 +187,13 @@ def evaluate(argv: Args) -> None:
     evaluate_main(argv)
 
 
+def probe(argv: Args) -> None:
+    """linear separability of a run's features by depth and t: lsep probe RUN [RUN ...] [--times 0.1 0.5] [--out DIR]"""
+    from lsep.separability.commands import main as probe_main
+
+    probe_main(argv)
+
+
 def report(argv: Args) -> None:
     """write a run's report.html again from its files: lsep report RUN"""
     (path,), argv = first_arguments("report", ("RUN",), argv)
@@ -237,7 +244,7 @@ def checkpoint(argv: Args) -> None:
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
     c.__name__.rstrip("_"): c
-    for c in (train, sample, evaluate, report, import_, export, checkpoint, data, presets, profile, doctor)
+    for c in (train, sample, evaluate, probe, report, import_, export, checkpoint, data, presets, profile, doctor)
 }
 
 

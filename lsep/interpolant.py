@@ -32,7 +32,12 @@ class Stream(IntEnum):
     WINDOW = 5
     SAMPLE = 6
     SDE = 7
-    SAMPLE_LABEL = 8
+    PROBE_SPLIT = 8
+    PROBE_POSTERIOR = 9
+    PROBE_NOISE = 10
+    PROBE_WINDOW = 11
+    PROBE_TOKENS = 12
+    SAMPLE_LABEL = 13
 
 
 class Noised(NamedTuple):

@@ -1,8 +1,6 @@
 """`report.html`: one self-contained page a run, made from its own files; and the figures a run ends with."""
 
-import base64
 import html
-import io
 import json
 import platform
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import torch
 from lsep.config import Config, flat
 from lsep.data.manifest import Manifest
 from lsep.model import SiT
+from lsep.pages import page, picture, svg
 from lsep.run import Run, write_atomic
 
 AGREEMENT_SAMPLES = 200
@@ -81,12 +80,12 @@ def render(run: Run) -> Path:
     grids = sorted(run.samples.glob("step-*.png"))
     if grids:
         parts.append("<h2>Samples of the EMA weights</h2><div class=grids>")
-        parts += [_figure(g.read_bytes(), f"step {int(g.stem.split('-')[1])}") for g in grids]
+        parts += [picture(g.read_bytes(), f"step {int(g.stem.split('-')[1])}") for g in grids]
         parts.append("</div>")
     rows = "".join(f"<tr><td>{k}<td>{html.escape(repr(v))}" for k, v in flat(config).items())
     parts.append(f"<h2>Configuration</h2><details><summary>all fields</summary><table>{rows}</table></details>")
     title = html.escape(f"{run.path.name}: {run.preset()}")
-    write_atomic(run.report_file, _PAGE.format(title=title, body="\n".join(parts)))
+    write_atomic(run.report_file, page(title, "\n".join(parts)))
     return run.report_file
 
 
@@ -159,7 +158,7 @@ def _plot(title: str, label: str, x: list[float], curves: dict[str, list[float]]
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _time_bins(probed: list[dict[str, Any]]) -> str:
@@ -176,34 +175,4 @@ def _time_bins(probed: list[dict[str, Any]]) -> str:
     )
     axes.set(title="probe accuracy by time", xlabel="step", ylabel="t (1 is noise)")
     figure.colorbar(mesh)
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; }}
-.curves, .grids {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-figure {{ margin: 0; }} img {{ max-width: 32rem; image-rendering: pixelated; }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
+    return svg(figure)

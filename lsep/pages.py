@@ -1,0 +1,50 @@
+"""What the self-contained pages share: a style, figures and pictures inside the page; and figures as files."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure as an element of a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def picture(png: bytes, caption: str) -> str:
+    """A PNG as an element of a page."""
+    data = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """A matplotlib figure as a file, there as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def page(title: str, body: str) -> str:
+    """The whole page; `title` and `body` are HTML."""
+    return _PAGE.format(title=title, body=body)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; }}
+.curves, .grids {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+svg {{ max-width: 100%; height: auto; }} figure {{ margin: 0; }} img {{ max-width: 32rem; image-rendering: pixelated; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
