@@ -1,0 +1,116 @@
+"""One row of the study: a training, and at points along it the distance of its samples and the accuracy of a probe."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.study_task import Images, Task
+from lsep import checkpoint, sample
+from lsep.config import PRESETS, Config, override
+from lsep.data.loader import open_source
+from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
+from lsep.run import Run
+from lsep.separability.measure import Settings, Subject, measure
+from lsep.step import pick_device
+from lsep.train import train
+
+SAMPLING_SEEDS = 3
+"""Of the last point: the spread that sampling alone has."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the trainings and their judgements are."""
+
+    changes: dict[str, Any] = field(repr=False)
+    """What differs from the quickstart preset."""
+    points: int
+    """Checkpoints along a training, at equal distances."""
+    samples: int
+    """Class-balanced samples of a seed at the last point."""
+    samples_on_the_way: int
+    """At each point, the last too, so that a curve compares like with like."""
+    probed: int
+    """Images that the probe is fitted to, and as many as there are held out to judge it."""
+    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Of the probe; the accuracy is the mean over them."""
+    sampler_steps: int = 50
+
+    def described(self) -> dict[str, Any]:
+        """For the page and to tell whether rows are comparable."""
+        own = {k: v for k, v in vars(self).items() if k != "changes"}
+        return {**own, "times": list(self.times), **self.changes}
+
+
+def row(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
+    """Train, or go on with what an earlier call has trained, and judge; the folder is removed in the end."""
+    config = configuration(task, sizes, variant, seed)
+    run = train(config, folder / "run", preset="quickstart")
+    seconds = {line["step"]: line["seconds"] for line in run.metrics()}
+    reference = gaussian(task, task.train)
+    points: list[dict[str, Any]] = []
+    for path in checkpoint.steps(run.checkpoints):
+        step = int(path.name)
+        images = draw(run, step, sizes, sizes.samples_on_the_way, 0)
+        points.append({
+            "step": step, "seconds": seconds[step], "distance": frechet_distance(gaussian(task, images), reference),
+            "accuracy": accuracy(task, run, step, sizes),
+        })  # fmt: skip
+    final = [
+        frechet_distance(gaussian(task, draw(run, step, sizes, sizes.samples, s)), reference)
+        for s in range(SAMPLING_SEEDS)
+    ]
+    sample.save_grid(images[:50], folder.parent / f"{folder.name}.png", columns=10)
+    shutil.rmtree(folder)
+    return {
+        "points": points, "final": final, "final_accuracy": points[-1]["accuracy"],
+        "floor": frechet_distance(gaussian(task, task.test), reference),
+        "images_per_second": config.train.steps * config.train.batch_size / seconds[step],
+    }  # fmt: skip
+
+
+def configuration(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int) -> Config:
+    """The training of one row; words in `variant` stand for what depends on the sizes."""
+    base = override(PRESETS["quickstart"], {
+        "data.path": str(task.stores["train"]), "train.seed": seed, "train.sample_every": 0, "train.keep_last": 0,
+        "train.overhead_rounds": 0, "sample.sampler": "ode", "sample.cfg": 1.0, "sample.steps": sizes.sampler_steps,
+        **sizes.changes,
+    })  # fmt: skip
+    steps = base.train.steps
+    grid = task.train.shape[1] // base.model.patch_size
+    words = {"grid": grid, "half": steps // 2, "noisy": str(task.stores["noisy"])}
+    changes = {k: words.get(v, v) if isinstance(v, str) else v for k, v in variant.items()}
+    return override(base, {"train.checkpoint_every": steps // sizes.points, **changes})
+
+
+def draw(run: Run, step: int, sizes: Sizes, count: int, seed: int) -> Images:
+    """Class-balanced samples of the averaged weights."""
+    model, config, manifest, _ = sample.load_ema(run, step, pick_device("auto").type)
+    labels = torch.arange(count) % manifest.num_classes
+    return sample.to_images(sample.draw(model, config, labels, 1000 + seed, progress=True), manifest)
+
+
+def gaussian(task: Task, images: Images) -> Gaussian:
+    moments = Moments()
+    for start in range(0, len(images), 1000):
+        moments.add(torch.from_numpy(task.features(images[start : start + 1000])))
+    return moments.gaussian()
+
+
+def accuracy(task: Task, run: Run, step: int, sizes: Sizes) -> float:
+    """Of a linear probe on the mean of all tokens after the probed block, unlabelled, on held-out images, mean over t.
+
+    Fitted with the true labels, whatever labels the training saw.
+    """
+    device = pick_device("auto")
+    model, config, _, _ = sample.load_ema(run, step, device.type)
+    source, test = (open_source(override(config, {"data.path": str(task.stores[s])}).data) for s in ("train", "test"))
+    settings = Settings(
+        depths=(config.probe.depth,), times=sizes.times, num=sizes.probed, seeds=1, tokens=1, l2=1e-3, batch_size=256
+    )
+    found = measure(Subject(model, config, source, test, device), settings)
+    return float(np.mean(found.accuracy["pooled"]))
