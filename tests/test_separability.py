@@ -220,7 +220,7 @@ SETTINGS = Settings((1, 2), (T,), num=ROWS, seeds=2, tokens=20_000, l2=(1e-4,), 
 
 
 def figures(store: Store, settings: Settings = SETTINGS, test: Store | None = None) -> Figures:
-    return measure(Subject(Patches(), gaussian_config(store), store, test, torch.device("cpu")), settings)
+    return measure(Subject("test", Patches(), gaussian_config(store), store, test, torch.device("cpu")), settings)
 
 
 def bayes(pixels: int) -> float:
@@ -289,6 +289,15 @@ def test_other_data_tests_other_rows(tmp_path: Path) -> None:
     assert found.rows == (2000, 1000)
     assert abs(found.accuracy["pooled"].mean(0) - 0.5).max() < 4 * standard_error(0.5, 2000)
     assert found.accuracy["control"][0, 1, 0] == 1
+
+
+def test_weights_that_have_diverged_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = gaussians(tmp_path / "store")
+    monkeypatch.setattr(
+        Patches, "features", lambda self, x, t, y, depths: [x.new_full((len(x), 16, 12), torch.nan)] * 2
+    )
+    with pytest.raises(UserError, match="test: features are not finite"):
+        figures(store, replace(SETTINGS, num=90))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

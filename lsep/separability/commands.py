@@ -249,7 +249,7 @@ def _measure(
     model, config, _, step = load_ema(run, args.checkpoint, device.type)
     images = sum(len(part.ids) for part in split(source, args.num, 0, test_source)) * args.seeds * len(args.times)
     with tqdm(total=images, unit="image", desc=name, disable=not sys.stderr.isatty()) as bar:
-        subject = Subject(model, config, source, test_source, device, encode)
+        subject = Subject(f"{run.path} at step {step}", model, config, source, test_source, device, encode)
         figures = measure(subject, settings, bar.update)
     depth = config.probe.depth if config.probe.enabled else None
     return Measured(name, step, depth, test_source is None, figures)

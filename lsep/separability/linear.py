@@ -75,7 +75,7 @@ def fit(x: Tensor, y: Tensor, classes: int, l2: float) -> Linear:
 
 
 def fit_best(x: Tensor, y: Tensor, held: Tensor, classes: int, l2: Sequence[float]) -> Linear:
-    """`fit` with that of several `l2` which is right most often on the rows `held` `(N,)` bool, fitted on the others."""
+    """`fit` with that of several `l2` which is right most often on the rows `held` `(N,)`, fitted on the others."""
     if len(l2) == 1:
         return fit(x, y, classes, l2[0])
     rest = ~held

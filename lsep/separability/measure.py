@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lsep.config import Config
 from lsep.data.manifest import Source
+from lsep.errors import UserError
 from lsep.separability import linear, similarity
 from lsep.separability.encoder import Encode
 from lsep.separability.features import Batch, Features, Part, batches, choose_tokens, split
@@ -85,6 +86,8 @@ class Cell(NamedTuple):
 class Subject:
     """What is measured on: a model, its run's configuration, and the data."""
 
+    name: str
+    """For messages."""
     model: Features
     config: Config
     source: Source
@@ -112,7 +115,10 @@ def cached_bytes(config: Config, settings: Settings, train: int, test: int, enco
 
 @torch.no_grad()
 def measure(subject: Subject, settings: Settings, advance: Callable[[int], object] = lambda images: None) -> Figures:
-    """All figures of a run; `advance` is told of every batch of images whose features are there."""
+    """All figures of a run; `advance` is told of every batch of images whose features are there.
+
+    Raises UserError where features are not finite.
+    """
     seeds, depths, times = range(settings.seeds), settings.depths, settings.times
     cells, rows, tokens = [], (0, 0), 0
     for seed in seeds:
@@ -228,6 +234,8 @@ def _train(
                 x[kind][i, batch.place] = features
             x["token"][i, first:last] = batch.tokens[i][own].float()
         first = last
+    if not all(features.isfinite().all() for features in x.values()):
+        raise UserError(f"{subject.name}: features are not finite, expected a checkpoint whose EMA weights are sound")
     images = torch.arange(len(y), device=device)
     index = dict.fromkeys(kinds, images) | {"token": images[:, None].expand(-1, chosen.shape[1])[chosen]}
     return {
