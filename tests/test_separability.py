@@ -376,7 +376,7 @@ def test_page_of_one_run(runs: dict[str, Run], capsys: pytest.CaptureFixture[str
     folder = runs["lsep"].path / "probe"
     assert out.endswith(f"page: {folder / 'probe.html'}\n")
     assert re.search(r"^  depth 3 +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+$", out, re.MULTILINE)
-    assert "step 2, 60 images (200 tokens) train and 30 test, 2 seeds" in out
+    assert "step 2, 60 images (200 tokens) train and 30 test, seeds: 2" in out
     assert "the denoiser has seen the testing images in training" in out
     assert {p.name for p in folder.iterdir()} == {
         "probe.json", "probe.html", "accuracy.png", "curves-pooled.png", "curves-windowed.png", "curves-token.png",

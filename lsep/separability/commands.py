@@ -226,7 +226,7 @@ def _settings(
             "fewer --depths, or smaller --num and --tokens"
         )
     print(
-        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {args.seeds} seeds of {train} + {test} images, "
+        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {train} + {test} images of each seed (--seeds {args.seeds}), "
         f"{needed * 1e3:,.0f} MB of features",
         file=sys.stderr,
     )
