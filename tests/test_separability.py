@@ -78,6 +78,19 @@ def test_optimum_is_that_of_scikit_learn(l2: float, monkeypatch: pytest.MonkeyPa
     assert (probabilities(exact, x) - truth).abs().max() < 2e-6  # scikit-learn's two solvers are 6e-7 apart
 
 
+def test_the_best_of_several_l2_is_taken() -> None:
+    """Few examples of many features ask for a large one, many of few for none."""
+    g = torch.Generator().manual_seed(0)
+    for width, rows, best in ((96, 600, 1e-1), (4, 4000, 1e-4)):
+        y = torch.randint(10, (rows,), generator=g)
+        x = torch.randn(10, width, generator=g)[y] * 3 / width**0.5 + torch.randn(rows, width, generator=g)
+        held = torch.arange(rows) % 5 == 0
+        right = {v: (linear.fit(x[~held], y[~held], 10, v).predict(x[held]) == y[held]).sum() for v in (1e-4, 1e-1)}
+        assert max(right, key=lambda v: int(right[v])) == best
+        found = linear.fit_best(x, y, held, 10, (1e-4, 1e-1))
+        assert found.l2 == best and torch.equal(found.weight, linear.fit(x, y, 10, best).weight)
+
+
 def test_a_search_that_is_cut_short_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MOST_ITERATIONS", 1)
     assert not linear.fit(*mixture(), 4, 1e-4).converged
@@ -203,11 +216,11 @@ def gaussian_config(store: Store) -> Config:
     return resolve(tiny(model__hidden_size=12, probe__window_min=3, probe__window_max=3), store.manifest)
 
 
-SETTINGS = Settings((1, 2), (T,), num=ROWS, seeds=2, tokens=20_000, l2=1e-4, batch_size=500)
+SETTINGS = Settings((1, 2), (T,), num=ROWS, seeds=2, tokens=20_000, l2=(1e-4,), batch_size=500)
 
 
 def figures(store: Store, settings: Settings = SETTINGS, test: Store | None = None) -> Figures:
-    return measure(Subject(Patches(), gaussian_config(store), store, test, torch.device("cpu")), settings)
+    return measure(Subject("test", Patches(), gaussian_config(store), store, test, torch.device("cpu")), settings)
 
 
 def bayes(pixels: int) -> float:
@@ -263,6 +276,8 @@ def test_figures_are_a_function_of_the_seed(tmp_path: Path) -> None:
     for kind in a.accuracy:
         np.testing.assert_allclose(a.accuracy[kind], b.accuracy[kind], atol=0.011)  # rounding may turn one image
     assert a.tokens == 1000 and (a.accuracy["token"][0] != a.accuracy["token"][1]).all()
+    chosen = figures(store, replace(few, l2=(1e-4, 1e5)))  # the second leaves no weights
+    assert (chosen.l2["token"] == 1e-4).all() and (chosen.accuracy["pooled"] == a.accuracy["pooled"]).all()
     again = figures(store, few)
     assert all((a.accuracy[kind] == again.accuracy[kind]).all() for kind in a.accuracy)
 
@@ -274,6 +289,15 @@ def test_other_data_tests_other_rows(tmp_path: Path) -> None:
     assert found.rows == (2000, 1000)
     assert abs(found.accuracy["pooled"].mean(0) - 0.5).max() < 4 * standard_error(0.5, 2000)
     assert found.accuracy["control"][0, 1, 0] == 1
+
+
+def test_weights_that_have_diverged_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = gaussians(tmp_path / "store")
+    monkeypatch.setattr(
+        Patches, "features", lambda self, x, t, y, depths: [x.new_full((len(x), 16, 12), torch.nan)] * 2
+    )
+    with pytest.raises(UserError, match="test: features are not finite"):
+        figures(store, replace(SETTINGS, num=90))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +376,7 @@ def test_page_of_one_run(runs: dict[str, Run], capsys: pytest.CaptureFixture[str
     folder = runs["lsep"].path / "probe"
     assert out.endswith(f"page: {folder / 'probe.html'}\n")
     assert re.search(r"^  depth 3 +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+$", out, re.MULTILINE)
-    assert "step 2, 60 images (200 tokens) train and 30 test, 2 seeds" in out
+    assert "step 2, 60 images (200 tokens) train and 30 test, seeds: 2" in out
     assert "the denoiser has seen the testing images in training" in out
     assert {p.name for p in folder.iterdir()} == {
         "probe.json", "probe.html", "accuracy.png", "curves-pooled.png", "curves-windowed.png", "curves-token.png",
@@ -429,7 +453,7 @@ def test_data_that_has_moved(
         (["lsep"], ["--depths", "1", "1"], "--depths is .*, expected each value once"),
         (["lsep"], ["--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["lsep"], ["--num", "3"], "--num is 3, expected at least 36"),
-        (["lsep"], ["--l2", "0"], "--l2 is 0.0, expected a number above 0"),
+        (["lsep"], ["--l2", "0"], r"--l2 is \(0.0,\), expected numbers above 0"),
         (["lsep"], ["--memory", "1e-5"], "--memory is 1e-05 GB, but the features of .* take 0.000146: expected"),
         (["lsep"], ["--checkpoint", "9"], "no checkpoint of step 9, found: 2"),
         (["lsep"], ["--data", "nowhere"], "--data: nowhere: no manifest.json there"),

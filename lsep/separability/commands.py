@@ -41,8 +41,9 @@ class ProbeArgs:
     """The run's data, where it has moved."""
     tokens: int = 20_000
     """Tokens that train a per-token probe, at most."""
-    l2: float = 1e-4
-    """Weight of the squared weights in the classifier's loss, on features of variance 1."""
+    l2: tuple[float, ...] = (1e-4,)
+    """Weight of the squared weights in the classifier's loss, on features of variance 1; of several, each probe takes
+    the one that does best on a fifth of its training images."""
     encoder: str | None = None
     """Encoder to compare with by CKA and CKNNA, module:function or path/file.py:function: uint8 images (N, H, W, C) to
     features (N, E)."""
@@ -74,7 +75,7 @@ def main(argv: Args) -> None:
     args: ProbeArgs = parse(ProbeArgs, argv, "lsep probe RUN [RUN ...]", text)
     _check(args)
 
-    from lsep.run import Run
+    from lsep.run import Run, write_atomic
     from lsep.separability import page
     from lsep.step import pick_device
 
@@ -92,14 +93,10 @@ def main(argv: Args) -> None:
         _measure(args, name, run, source, test_source, setting, encode)
         for name, run, source, setting in zip(_names(runs), runs, sources, settings, strict=True)
     ]
-    text = json.dumps(_as_json(args, measured, runs), indent=1) + "\n"
-    from lsep.run import write_atomic
-
-    write_atomic(out / "probe.json", text)
+    values = json.dumps(_as_json(args, measured, runs), indent=1)
+    write_atomic(out / "probe.json", values + "\n")
     written = page.write(measured, out)
-    print(
-        text if args.json else "\n\n".join([*map(_table, measured), f"page: {written[0]}"]), end="\n"[: not args.json]
-    )
+    print(values if args.json else "\n\n".join([*map(_table, measured), f"page: {written[0]}"]))
 
 
 def _check(args: ProbeArgs) -> None:
@@ -111,9 +108,10 @@ def _check(args: ProbeArgs) -> None:
             raise UserError(f"--{flag} is {shown(value)}, expected {wanted}")
 
     require(bool(args.times) and all(0 <= t <= 1 for t in args.times), "times", "numbers from 0 to 1")
-    for flag, least in (("num", 3 * LEAST_TESTS), ("seeds", 1), ("tokens", 1), ("batch-size", 1)):
+    for flag, least in (("num", 3 * LEAST_TESTS), ("seeds", 1), ("tokens", 100), ("batch-size", 1)):
         require(least <= getattr(args, flag.replace("-", "_")) < 2**31, flag, f"at least {least}")
-    require(0 < args.l2 < 1e6, "l2", "a number above 0")  # at 0 separable features have no optimum
+    # At 0 separable features have no optimum.
+    require(bool(args.l2) and all(0 < value < 1e6 for value in args.l2), "l2", "numbers above 0")
     require(0 < args.memory < 1e9, "memory", "gigabytes above 0")
     for flag in ("times", "depths"):
         values = getattr(args, flag) or ()
@@ -228,7 +226,7 @@ def _settings(
             "fewer --depths, or smaller --num and --tokens"
         )
     print(
-        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {args.seeds} seeds of {train} + {test} images, "
+        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {train} + {test} images of each seed (--seeds {args.seeds}), "
         f"{needed * 1e3:,.0f} MB of features",
         file=sys.stderr,
     )
@@ -251,7 +249,7 @@ def _measure(
     model, config, _, step = load_ema(run, args.checkpoint, device.type)
     images = sum(len(part.ids) for part in split(source, args.num, 0, test_source)) * args.seeds * len(args.times)
     with tqdm(total=images, unit="image", desc=name, disable=not sys.stderr.isatty()) as bar:
-        subject = Subject(model, config, source, test_source, device, encode)
+        subject = Subject(f"{run.path} at step {step}", model, config, source, test_source, device, encode)
         figures = measure(subject, settings, bar.update)
     depth = config.probe.depth if config.probe.enabled else None
     return Measured(name, step, depth, test_source is None, figures)
@@ -287,7 +285,8 @@ def _as_json(args: ProbeArgs, measured: list["Measured"], runs: list["Run"]) -> 
             "depths": f.depths, "times": f.times, "train_images": f.rows[0], "test_images": f.rows[1],
             "train_tokens": f.tokens, "test_images_seen_in_training": m.seen, "most_common_class": f.chance,
             "not_converged": f.not_converged, "accuracy": {k: v.tolist() for k, v in f.accuracy.items()},
-            "token_map": f.token_map.tolist(), **{k: v.tolist() for k, v in f.alike.items()},
+            "token_map": f.token_map.tolist(), "l2": {k: v.tolist() for k, v in f.l2.items()},
+            **{k: v.tolist() for k, v in f.alike.items()},
         }  # fmt: skip
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items() if k not in ("json", "out")}

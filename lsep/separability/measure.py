@@ -6,7 +6,7 @@
 The features of the training rows are what takes memory: `cached_bytes`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lsep.config import Config
 from lsep.data.manifest import Source
+from lsep.errors import UserError
 from lsep.separability import linear, similarity
 from lsep.separability.encoder import Encode
 from lsep.separability.features import Batch, Features, Part, batches, choose_tokens, split
@@ -38,8 +39,8 @@ class Settings:
     """Seeds 0, 1, ..."""
     tokens: int
     """Tokens that train a per-token probe, at most."""
-    l2: float
-    """Weight of the squared weights, see `linear`."""
+    l2: tuple[float, ...]
+    """Weights of the squared weights to choose from, see `linear`."""
     batch_size: int
 
 
@@ -54,6 +55,8 @@ class Figures:
     which the first seed alone has: it costs as much as the others together."""
     token_map: np.ndarray
     """Accuracy of the tokens at each place of the grid, mean over seeds `(depths, times, grid, grid)`."""
+    l2: dict[str, np.ndarray]
+    """Of each probe, by kind."""
     alike: dict[str, np.ndarray]
     """cka and cknna of the pooled features of the testing rows with an encoder's; empty without one."""
     rows: tuple[int, int]
@@ -72,6 +75,7 @@ class Cell(NamedTuple):
     accuracy: dict[str, list[float]]
     token_map: Tensor
     """Share of right tokens `(depths, T)`."""
+    l2: dict[str, list[float]]
     alike: dict[str, list[float]]
     chance: float
     """Share of the testing rows' most common class."""
@@ -82,6 +86,8 @@ class Cell(NamedTuple):
 class Subject:
     """What is measured on: a model, its run's configuration, and the data."""
 
+    name: str
+    """For messages."""
     model: Features
     config: Config
     source: Source
@@ -109,7 +115,10 @@ def cached_bytes(config: Config, settings: Settings, train: int, test: int, enco
 
 @torch.no_grad()
 def measure(subject: Subject, settings: Settings, advance: Callable[[int], object] = lambda images: None) -> Figures:
-    """All figures of a run; `advance` is told of every batch of images whose features are there."""
+    """All figures of a run; `advance` is told of every batch of images whose features are there.
+
+    Raises UserError where features are not finite.
+    """
     seeds, depths, times = range(settings.seeds), settings.depths, settings.times
     cells, rows, tokens = [], (0, 0), 0
     for seed in seeds:
@@ -120,25 +129,25 @@ def measure(subject: Subject, settings: Settings, advance: Callable[[int], objec
         other = None if subject.encode is None else Other(subject.encode(test.ids))
         cells.append([_cell(subject, settings, train, test, chosen, t, seed, other, advance) for t in times])
 
-    def table(cells: list[list[Cell]], values: Callable[[Cell], Sequence[float]]) -> np.ndarray:
-        return np.array([[values(cell) for cell in of_seed] for of_seed in cells]).transpose(0, 2, 1)
+    def by_kind(values: Callable[[Cell], dict[str, list[float]]]) -> dict[str, np.ndarray]:
+        """Arrays `(seeds, depths, times)`, of the seeds that have the kind."""
+        lists = [[values(cell) for cell in of_seed] for of_seed in cells]
+        return {
+            kind: np.array([[cell[kind] for cell in of_seed] for of_seed in lists if kind in of_seed[0]]).swapaxes(1, 2)
+            for kind in lists[0][0]
+        }
 
-    def accuracy(kind: str) -> np.ndarray:
-        with_it = [of_seed for of_seed in cells if kind in of_seed[0].accuracy]
-        return table(with_it, lambda cell: cell.accuracy[kind])
-
-    def alike(name: str) -> np.ndarray:
-        return table(cells, lambda cell: cell.alike[name])
-
-    grid, first = subject.config.grid, cells[0][0]
+    grid = subject.config.grid
     maps = np.mean([[cell.token_map.cpu().numpy() for cell in of_seed] for of_seed in cells], axis=0)
     return Figures(
         depths, times,
-        {kind: accuracy(kind) for kind in first.accuracy},
-        maps.transpose(1, 0, 2).reshape(len(depths), len(times), grid, grid),
-        {name: alike(name) for name in first.alike},
-        rows, tokens, float(np.mean([of_seed[0].chance for of_seed in cells])),
-        sum(cell.not_converged for of_seed in cells for cell in of_seed),
+        accuracy=by_kind(lambda cell: cell.accuracy),
+        token_map=maps.swapaxes(0, 1).reshape(len(depths), len(times), grid, grid),
+        l2=by_kind(lambda cell: cell.l2),
+        alike=by_kind(lambda cell: cell.alike),
+        rows=rows, tokens=tokens,
+        chance=float(np.mean([of_seed[0].chance for of_seed in cells])),
+        not_converged=sum(cell.not_converged for of_seed in cells for cell in of_seed),
     )  # fmt: skip
 
 
@@ -189,6 +198,7 @@ def _cell(
     return Cell(
         {kind: (found / trials[kind]).tolist() for kind, found in hits.items()},
         right / n,
+        {kind: [probe.l2 for probe in of_kind] for kind, of_kind in probes.items()},
         {name: [values[name] for values in likeness] for name in (likeness[0] if likeness else ())},
         float(labels.max() / n),
         sum(not probe.converged for of_kind in probes.values() for probe in of_kind),
@@ -224,7 +234,14 @@ def _train(
                 x[kind][i, batch.place] = features
             x["token"][i, first:last] = batch.tokens[i][own].float()
         first = last
-    labels = dict.fromkeys(kinds, y) | {"token": y[:, None].expand(-1, chosen.shape[1])[chosen]}
+    if not all(features.isfinite().all() for features in x.values()):
+        raise UserError(f"{subject.name}: features are not finite, expected a checkpoint whose EMA weights are sound")
+    images = torch.arange(len(y), device=device)
+    index = dict.fromkeys(kinds, images) | {"token": images[:, None].expand(-1, chosen.shape[1])[chosen]}
     return {
-        kind: [linear.fit(x[kind][i], labels[kind], subject.classes, settings.l2) for i in range(count)] for kind in x
+        kind: [
+            linear.fit_best(x[kind][i], y[index[kind]], index[kind] % 5 == 0, subject.classes, settings.l2)
+            for i in range(count)
+        ]
+        for kind in x
     }

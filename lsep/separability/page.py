@@ -51,7 +51,7 @@ class Measured:
         of = "; the denoiser has seen the testing images in training" if self.seen else "; testing images are held out"
         return (
             f"step {self.step}, {f.rows[0]} images ({f.tokens} tokens) train and {f.rows[1]} test, "
-            f"{len(f.accuracy['pooled'])} seeds, most common class {f.chance:.1%}{of}"
+            f"seeds: {len(f.accuracy['pooled'])}, most common class {f.chance:.1%}{of}"
         )
 
 
