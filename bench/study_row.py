@@ -110,7 +110,7 @@ def accuracy(task: Task, run: Run, step: int, sizes: Sizes) -> float:
     model, config, _, _ = sample.load_ema(run, step, device.type)
     source, test = (open_source(override(config, {"data.path": str(task.stores[s])}).data) for s in ("train", "test"))
     settings = Settings(
-        depths=(config.probe.depth,), times=sizes.times, num=sizes.probed, seeds=1, tokens=1, l2=1e-3, batch_size=256
+        depths=(config.probe.depth,), times=sizes.times, num=sizes.probed, seeds=1, tokens=1, l2=(1e-3,), batch_size=256
     )
     found = measure(Subject(model, config, source, test, device), settings)
     return float(np.mean(found.accuracy["pooled"]))
