@@ -226,8 +226,8 @@ def _settings(
             "fewer --depths, or smaller --num and --tokens"
         )
     print(
-        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {train} + {test} images of each seed (--seeds {args.seeds}), "
-        f"{needed * 1e3:,.0f} MB of features",
+        f"{run.path}: {len(depths)} depths, {len(args.times)} times, {train} + {test} images of each seed "
+        f"(--seeds {args.seeds}), {needed * 1e3:,.0f} MB of features",
         file=sys.stderr,
     )
     return settings
