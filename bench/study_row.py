@@ -112,5 +112,5 @@ def accuracy(task: Task, run: Run, step: int, sizes: Sizes) -> float:
     settings = Settings(
         depths=(config.probe.depth,), times=sizes.times, num=sizes.probed, seeds=1, tokens=1, l2=(1e-3,), batch_size=256
     )
-    found = measure(Subject(model, config, source, test, device), settings)
+    found = measure(Subject(str(run.path), model, config, source, test, device), settings)
     return float(np.mean(found.accuracy["pooled"]))
