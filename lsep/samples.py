@@ -120,12 +120,7 @@ class Job:
         out = out or self.run.samples / self._folder_name(config.sample)
         npz = out if out.suffix == ".npz" else out / "samples.npz"
         grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
-        try:
-            npz.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--out {out}: cannot be a folder ({error.strerror}), expected one or a file .npz"
-            ) from None
+        self.world.on_main(lambda: _make_folder(npz.parent, out))
         settings = self._settings(config.sample)
         parts = Parts(npz.with_name(npz.name + ".parts"), config.sample.num, config.sample.batch_size)
         self.world.at("the parts of a sampling")
@@ -183,6 +178,13 @@ class Job:
         if out.suffix != ".npz":
             write_atomic(out / "settings.json", json.dumps(settings, indent=2) + "\n")
         parts.remove()
+
+
+def _make_folder(folder: Path, out: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be a folder ({error.strerror}), expected one or a file .npz") from None
 
 
 def _pictures(images: np.ndarray, manifest: Manifest) -> np.ndarray:
