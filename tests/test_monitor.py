@@ -170,7 +170,7 @@ def test_latents_with_an_extractor_of_latents(folder: Path, store: Path, tmp_pat
             {"evaluate__features": None},
             "--train.eval-every is 3, but --evaluate.features is missing, expected inception",
         ),
-        ({"evaluate__features": "nothing_here:f"}, "the module 'nothing_here' cannot be imported"),
+        ({"evaluate__features": "nothing_here:f"}, "--features: nothing_here cannot be imported"),
         ({"evaluate__reference": "no.npz"}, "no.npz: cannot be read"),
         ({"evaluate__num": 0}, "--evaluate.num is 0, expected at least 1"),
         ({"train__eval_every": -1}, "--train.eval-every is -1, expected at least 0"),

@@ -464,7 +464,7 @@ def test_data_that_has_moved(
         (["lsep"], ["--encoder", "numpy"], "--encoder is 'numpy', expected MODULE:FUNCTION"),
         (["lsep"], ["--encoder", "numpy:nothing"], "numpy has no function 'nothing'"),
         (["lsep"], ["--encoder", "no.such:thing"], "--encoder: no.such cannot be imported"),
-        (["lsep"], ["--encoder", "nowhere.py:thing"], "--encoder: nowhere.py cannot be imported"),
+        (["lsep"], ["--encoder", "nowhere.py:thing"], "--encoder: nowhere.py does not exist, expected a Python"),
         (["lsep"], ["--encoder", "builtins:len"], "features are of type int, expected a tensor"),
         (["lsep"], ["--encoder", "numpy:ravel"], r"features of 30 images have shape \(1920,\), expected \(30, E\)"),
         (["latents"], ["--encoder", "numpy:ravel"], "takes images, but .* holds latents: expected --encoder-features"),

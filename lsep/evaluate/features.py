@@ -13,22 +13,20 @@ Its source file and its weights are known by their sha256, so that features of t
 """
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lsep.errors import UserError, shown, told
+from lsep.errors import UserError, shown
 from lsep.evaluate import Precision
+from lsep.functions import load_function
 
 
 class Features(NamedTuple):
@@ -105,13 +103,8 @@ def open_extractor(name: str, weights: Path | None, precision: Precision, device
         from lsep.evaluate.inception import open_inception
 
         return open_inception(weights, precision, device)
+    function = load_function("--features", name, also="inception, ")
     place, _, function_name = name.rpartition(":")
-    if not place or not function_name:
-        raise UserError(f"--features is {shown(name)}, expected inception, MODULE:FUNCTION or FILE.py:FUNCTION")
-    module = _from_file(Path(place)) if place.endswith(".py") else _module(place)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"--features {name}: {place} has no function {function_name!r}")
     takes = inspect.signature(function).parameters
     given: dict[str, Any] = {"device": device} if "device" in takes else {}
     if weights is not None:
@@ -125,26 +118,6 @@ def open_extractor(name: str, weights: Path | None, precision: Precision, device
         sha256(weights) if weights else None,
     )
     return Extractor(identity, precision, device, partial(function, **given), bool(getattr(function, "latents", False)))
-
-
-def _module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--features: the module {shown(name)} cannot be imported ({told(error)})") from None
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"--features: {path} does not exist, expected a Python file")
-    spec = importlib.util.spec_from_file_location(f"lsep_features_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's own code
-        raise UserError(f"--features: {path} cannot be run ({told(error)})") from error
-    return module
 
 
 def sha256(path: Path) -> str:

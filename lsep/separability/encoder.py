@@ -7,13 +7,10 @@ the means).
 `--encoder-features FILE.npz` holds `arr_0` `(rows, E)`, one row for each of the data set that tests.
 """
 
-import importlib
-import importlib.util
 import inspect
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from lsep.data.manifest import Ids, Source
 from lsep.errors import UserError, shown, told
+from lsep.functions import load_function
 
 Encode = Callable[[Ids], Tensor]
 """Features `(N, E)` float32 of the rows with these ids."""
@@ -29,7 +27,7 @@ Encode = Callable[[Ids], Tensor]
 
 def from_function(name: str, source: Source, device: torch.device, batch_size: int) -> Encode:
     """The encoder behind `--encoder`; raises UserError where it cannot be had or takes other data than `source`'s."""
-    function, m = _function(name), source.manifest
+    function, m = load_function("--encoder", name), source.manifest
     latents = bool(getattr(function, "latents", False))
     if latents == (m.kind == "pixels"):
         takes, has = ("latents", "pixels") if latents else ("images", "latents")
@@ -111,26 +109,3 @@ def _shape(path: Path) -> tuple[int, ...]:
     if int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize != room:
         raise UserError(f"--encoder-features {path}: arr_0 of {shown(shape)} {dtype} does not fit its {room} bytes")
     return shape
-
-
-def _function(name: str) -> Callable[..., Any]:
-    place, _, function_name = name.rpartition(":")
-    if not place or not function_name:
-        raise UserError(f"--encoder is {shown(name)}, expected MODULE:FUNCTION or FILE.py:FUNCTION")
-    function = getattr(_module(place), function_name, None)
-    if not callable(function):
-        raise UserError(f"--encoder {name}: {place} has no function {function_name!r}")
-    return function
-
-
-def _module(place: str) -> ModuleType:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(f"lsep_encoder_{Path(place).stem}", place)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except Exception as error:  # a user's own code
-        raise UserError(f"--encoder: {place} cannot be imported ({told(error)})") from error
