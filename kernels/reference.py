@@ -93,6 +93,12 @@ def normal(seed: int, stream: int, epoch: Tensor | int, ids: Tensor, shape: tupl
 # Interpolant
 
 
+VP_BETA = 0.1, 20.0
+"""Noise rate of the variance-preserving path at t = 0 and 1 (arXiv 2011.13456; DDPM's betas over 1,000 steps)."""
+VP_FIRST = 1e-5
+"""Smallest t of that path."""
+
+
 def path(t: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`alpha, sigma, d alpha/dt, d sigma/dt` of the path x_t = alpha x + sigma e; t = 0 is data, t = 1 noise."""
     if kind == "linear":
@@ -101,7 +107,13 @@ def path(t: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         half = torch.pi / 2
         a, s = torch.cos(half * t), torch.sin(half * t)
         return a, s, -half * s, half * a
-    raise ValueError(f"path is {kind!r}, expected 'linear' or 'cosine'")
+    if kind == "vp":
+        t = t.clamp(min=VP_FIRST)  # d sigma/dt has no bound towards 0
+        beta = VP_BETA[0] + (VP_BETA[1] - VP_BETA[0]) * t
+        log_alpha = -(VP_BETA[1] - VP_BETA[0]) * t**2 / 4 - VP_BETA[0] * t / 2
+        a, s = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        return a, s, -beta * a / 2, beta * a**2 / (2 * s)
+    raise ValueError(f"path is {kind!r}, expected 'linear', 'cosine' or 'vp'")
 
 
 def mix(x: Tensor, t: Tensor, e: Tensor, kind: str = "linear") -> tuple[Tensor, Tensor]:

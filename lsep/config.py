@@ -43,10 +43,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InterpolantConfig:
-    """The path from data (t = 0) to noise (t = 1); velocity prediction."""
+    """The path from data (t = 0) to noise (t = 1), and what is predicted on it."""
 
-    path: Literal["linear", "cosine"] = "linear"
-    """linear: x_t = (1 - t) x + t e; cosine: x_t = cos(pi t / 2) x + sin(pi t / 2) e."""
+    path: Literal["linear", "cosine", "vp"] = "linear"
+    """linear: x_t = (1 - t) x + t e; cosine: x_t = cos(pi t / 2) x + sin(pi t / 2) e; vp: as DDPM."""
+    prediction: Literal["v", "eps", "x"] = "v"
+    """What the model is trained to give: the velocity, the noise (as DiT), or the data. Samplers see the velocity."""
     time: Literal["uniform", "logit-normal"] = "uniform"
     """Distribution of the training time t."""
     time_mean: float = 0.0

@@ -1,4 +1,4 @@
-"""From stored rows to what the model sees: posterior sample, time t, x_t and the velocity target.
+"""From stored rows to what the model sees and is to say: posterior sample, time t, x_t; velocity, noise or data.
 
 Every draw is a function of (seed, epoch, sample id) and of its stream below (the side of the pooling window, which a
 batch shares, of (seed, step)), never of the rank or of what a process has run: a resumed or re-sharded run draws the
@@ -40,6 +40,10 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 13
 
 
+EDGE = 1e-3
+"""How near to data and noise a prediction of e or x is turned into a velocity."""
+
+
 class Noised(NamedTuple):
     """x_t and target velocity v `(B, C, H, W)` float32, times t `(B,)` float32."""
 
@@ -62,9 +66,43 @@ def noise(
 ) -> Noised:  # fmt: skip
     """Draw t and noise for stored rows `(B, *row_shape)`, whose posterior is sampled anew at every visit."""
     t = draw_times(config, seed, epoch, ids)
+    if config.path == "vp":
+        interpolate = reference.interpolate  # the kernel knows the paths of flows
     streams = (int(Stream.POSTERIOR), int(Stream.NOISE))
     x_t, v = interpolate(rows, ids, epoch, t, seed, manifest.kind, config.path, manifest.shift, manifest.scale, streams)
     return Noised(x_t, t, v)
+
+
+def target(config: InterpolantConfig, noised: Noised) -> Tensor:
+    """What the model is to predict `(B, C, H, W)`: v itself, or the noise e or data x that x_t and v belong to."""
+    if config.prediction == "v":
+        return noised.v
+    alpha, sigma, d_alpha, d_sigma = _coefficients(config, noised.t, noised.x_t)
+    scale = 1 / (alpha * d_sigma - d_alpha * sigma)
+    if config.prediction == "eps":
+        return (alpha * noised.v - d_alpha * noised.x_t) * scale
+    return (d_sigma * noised.x_t - sigma * noised.v) * scale
+
+
+def to_velocity(config: InterpolantConfig, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The velocity at x_t that belongs to what was predicted there; t `(B,)` keeps away from 0 and 1, see `inside`."""
+    if config.prediction == "v":
+        return predicted
+    alpha, sigma, d_alpha, d_sigma = _coefficients(config, t, x_t)
+    if config.prediction == "eps":
+        e, x = predicted, (x_t - sigma * predicted) / alpha
+    else:
+        e, x = (x_t - alpha * predicted) / sigma, predicted
+    return d_alpha * x + d_sigma * e
+
+
+def inside(config: InterpolantConfig, t: Tensor) -> Tensor:
+    """Times at which `to_velocity` can be asked: pure noise says nothing of x to who knows e, nor clean data of e."""
+    return t if config.prediction == "v" else t.clamp(EDGE, 1 - EDGE)
+
+
+def _coefficients(config: InterpolantConfig, t: Tensor, x: Tensor) -> list[Tensor]:
+    return [k.view(-1, *[1] * (x.ndim - 1)) for k in path(t, config.path)]
 
 
 def velocity_to_score(v: Tensor, x: Tensor, t: Tensor, kind: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lsep import memory
 from lsep.config import Config
+from lsep.interpolant import inside, to_velocity
 from lsep.ranges import span
 from lsep_kernels.joint_linear import join, joint_linear
 from lsep_kernels.ops import REFERENCE, Ops
@@ -211,6 +212,7 @@ class SiT(nn.Module):
         m = config.model
         assert m.in_channels is not None and m.num_classes is not None
         self.patch_size, self.null_class, self.ops = m.patch_size, m.num_classes, ops
+        self.interpolant = config.interpolant
         self.fp32_residual = config.train.fp32_residual
         self.joint_modulation = False
         self.run = memory.runner(config.train.memory)
@@ -225,10 +227,11 @@ class SiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of x, both `(N, C, H, W)`, at times t `(N,)` under labels y `(N,)`; `null_class` is no label."""
-        return unpatchify(self.patches(x, t, y), self.patch_size)
+        t = inside(self.interpolant, t)
+        return to_velocity(self.interpolant, unpatchify(self.patches(x, t, y), self.patch_size), x, t)
 
     def patches(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The velocity as patches `(N, T, p p C)`, see `unpatchify`."""
+        """The prediction (v, or e or x) as patches `(N, T, p p C)`, see `unpatchify`."""
         with span("embedding"):
             c = self.t_embedder(t) + self.y_embedder(y)
             x = self._tokens(x)
@@ -257,7 +260,7 @@ class SiT(nn.Module):
     def forward_with_probe(
         self, x: Tensor, t: Tensor, y: Tensor, extra_y: Tensor, depth: int, window: Tensor, pool_before_fc2: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Velocity as patches and pooled features of block `depth`, in one pass.
+        """The prediction as patches and pooled features of block `depth`, in one pass.
 
         The last `len(extra_y)` of the N samples go through the first `depth` blocks a second time, under the labels
         `extra_y`, appended to the batch: one set of matmuls of N + extra rows. The probe reads those rows for these

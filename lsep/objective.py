@@ -60,7 +60,8 @@ class Objective(nn.Module):
             )
         if not plan.probe:
             y = self._drop_first(batch.y, plan.null)
-            denoising = self._denoising(self.model.patches(noised.x_t, noised.t, y), noised.v)
+            wanted = interpolant.target(config.interpolant, noised)
+            denoising = self._denoising(self.model.patches(noised.x_t, noised.t, y), wanted)
             zero = torch.zeros_like(denoising)
             return Losses(denoising, denoising, zero, torch.zeros(2, TIME_BINS, device=zero.device))
         with span("probe"):
@@ -115,7 +116,7 @@ class Objective(nn.Module):
             )  # fmt: skip
             lsep = lsep * probe.epoch_factor(config, epoch)
             hits = _hits(hit, unlabelled, noised.t)
-        denoising = self._denoising(patches, noised.v)
+        denoising = self._denoising(patches, interpolant.target(self.config.interpolant, noised))
         return Losses(denoising + lsep, denoising.detach(), lsep.detach(), hits)
 
     def _denoising(self, patches: Tensor, v: Tensor) -> Tensor:

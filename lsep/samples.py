@@ -105,7 +105,10 @@ class Job:
         if step and not step.isdecimal():
             raise UserError(f"--autoguidance is {shown(place)}, expected RUN or RUN@STEP")
         run = Run.existing(path)
-        weak, _, manifest, found = sample.load_ema(run, int(step) if step else None, device)
+        weak, config, manifest, found = sample.load_ema(run, int(step) if step else None, device)
+        if config.interpolant.path != self.config.interpolant.path:
+            own, there = self.config.interpolant.path, config.interpolant.path
+            raise UserError(f"--autoguidance {path}: its path is {there}, expected {own} as in {self.run.path}")
         for name in ("kind", "shape", "num_classes", "scale", "shift"):
             own, there = getattr(self.manifest, name), getattr(manifest, name)
             if own != there:

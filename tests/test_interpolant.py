@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import MANIFEST, relative_error, tiny
 
-from lsep.interpolant import Noised, draw_times, noise, velocity_to_score
+from lsep.config import InterpolantConfig
+from lsep.interpolant import Noised, draw_times, noise, target, to_velocity, velocity_to_score
+from lsep_kernels import reference
+from lsep_kernels.reference import path
 
 EPOCH = torch.tensor(2)
 IDS = torch.arange(4000)
@@ -92,3 +95,36 @@ def test_score_of_a_known_gaussian(kind: str) -> None:
     gain = (alpha * da * s**2 + sigma * ds) / variance
     velocity = da * m + gain * (x - alpha * m)
     assert relative_error(velocity_to_score(velocity, x, t, kind), -(x - alpha * m) / variance) < 1e-12
+
+
+PATHS, PREDICTIONS = ("linear", "cosine", "vp"), ("v", "eps", "x")
+
+
+def test_variance_preserving_path() -> None:
+    """Its derivatives by finite differences, its variance, and DDPM's 1,000 steps from 1e-4 to 0.02."""
+    t, h = torch.linspace(0.01, 0.99, 50, dtype=torch.float64), 1e-6
+    alpha, sigma, d_alpha, d_sigma = path(t, "vp")
+    ahead, behind = path(t + h, "vp"), path(t - h, "vp")
+    assert relative_error(d_alpha, (ahead[0] - behind[0]) / (2 * h)) < 1e-8
+    assert relative_error(d_sigma, (ahead[1] - behind[1]) / (2 * h)) < 1e-8
+    assert relative_error(alpha**2 + sigma**2, torch.ones_like(t)) < 1e-14
+    product = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).sqrt()
+    there = path(torch.arange(1, 1001, dtype=torch.float64) / 1000, "vp")[0]
+    assert (there - product).abs().max() < 2e-3
+    assert all(bool(torch.isfinite(k).all()) for k in path(torch.tensor([0.0, 1.0]), "vp"))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", PATHS)
+def test_predictions_are_one_velocity(kind: str, prediction: str) -> None:
+    """From x_t and v comes what is to be predicted, and from that the velocity again."""
+    config = InterpolantConfig(path=kind, prediction=prediction)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    x, e = (torch.randn(64, 2, 3, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    t = torch.linspace(0.001, 0.999, 64, dtype=torch.float64)
+    x_t, v = reference.mix(x, t, e, kind)
+    wanted = target(config, Noised(x_t, t, v))
+    assert relative_error(wanted, {"v": v, "eps": e, "x": x}[prediction]) < 1e-9
+    assert relative_error(to_velocity(config, wanted, x_t, t), v) < 1e-9
+    single = target(config, Noised(x_t.float(), t.float(), v.float()))
+    assert relative_error(single, wanted) < 1e-4

@@ -8,10 +8,21 @@ from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 
 from lsep import probe
 from lsep.checks import resolve
-from lsep.interpolant import noise
+from lsep.interpolant import Stream, noise
 from lsep.objective import TIME_BINS, Losses, Objective
 from lsep.plan import BranchPlan, branch_plan
-from lsep_kernels.reference import gate_residual, norm_modulate, pool, probe_cross_entropy, velocity_loss
+from lsep_kernels.reference import (
+    gate_residual,
+    mix,
+    norm_modulate,
+    normal,
+    path,
+    pool,
+    probe_cross_entropy,
+    uniform,
+    unpatchify,
+    velocity_loss,
+)
 
 STEP, EPOCH = torch.tensor(3), torch.tensor(0)
 
@@ -235,3 +246,29 @@ def test_type_of_the_residual_stream(wide: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         objective.model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 1]))
     assert seen == [torch.float32 if wide else torch.bfloat16]
+
+
+@pytest.mark.parametrize("probed", [True, False])
+@pytest.mark.parametrize(("kind", "prediction"), [("vp", "eps"), ("vp", "v"), ("linear", "x"), ("cosine", "eps")])
+def test_the_loss_of_every_prediction(kind: str, prediction: str, probed: bool) -> None:
+    """The mean square of what the model gives less the noise drawn, the data, or the velocity of both."""
+    objective, plan = build(interpolant__path=kind, interpolant__prediction=prediction, probe__enabled=probed)
+    batch, seed = random_batch(10), objective.config.train.seed
+    t = uniform(seed, Stream.TIME, EPOCH, batch.id)[:, 0]
+    e = normal(seed, Stream.NOISE, EPOCH, batch.id, (3, 8, 8))
+    x_t, v = mix(batch.x, t, e, kind)
+    place = torch.arange(10)
+    y = torch.where(place < plan.null, objective.model.null_class, batch.y)
+    patches = objective.model.patches(x_t, t, y)
+    truth = velocity_loss(patches, {"eps": e, "x": batch.x, "v": v}[prediction], 2).mean()
+    assert relative_error(objective(batch, plan, STEP, EPOCH).denoising, truth) < 1e-5
+
+
+def test_the_model_hands_out_velocities() -> None:
+    objective, _ = build(interpolant__path="vp", interpolant__prediction="eps")
+    model, x, y = objective.model, torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 5])
+    t = torch.tensor([0.0, 0.3, 1.0])
+    inner = torch.tensor([1e-3, 0.3, 0.999])
+    e = unpatchify(model.patches(x, inner, y), 2)
+    alpha, sigma, d_alpha, d_sigma = (k.view(3, 1, 1, 1) for k in path(inner, "vp"))
+    assert relative_error(model(x, t, y), d_alpha * (x - sigma * e) / alpha + d_sigma * e) < 1e-6

@@ -14,14 +14,15 @@ from PIL import Image
 
 from lsep import sample
 from lsep.checks import resolve
-from lsep.config import Config
+from lsep.config import Config, InterpolantConfig
 from lsep.errors import UserError
+from lsep.interpolant import inside, to_velocity
 from lsep.model import SiT
 from lsep.objective import Objective
 from lsep.run import Run
 from lsep.samples import Request, sample_run
 from lsep.train import train
-from lsep_kernels.reference import normal
+from lsep_kernels.reference import normal, path
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.5, 0.3], [0.3, 0.8]], dtype=torch.float64)
@@ -74,6 +75,28 @@ def test_order_of_convergence(sampler: str, order: int) -> None:
         errors.append(float((x - (MEAN + e @ root)).abs().mean()))
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes == pytest.approx([order, order], abs=0.25)
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps", "x"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "vp"])
+def test_a_gaussian_by_any_prediction(kind: str, prediction: str) -> None:
+    """Mean and covariance of what a perfect model of x, e or v gives, asked where a SiT is asked."""
+    config = InterpolantConfig(path=kind, prediction=prediction)  # type: ignore[arg-type]
+    eye = torch.eye(2, dtype=torch.float64)
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        time = inside(config, torch.full((len(x),), t, dtype=torch.float64))
+        alpha, sigma, da, ds = (float(k[0]) for k in path(time, kind))
+        gain = torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * eye)
+        e = sigma * (x - alpha * MEAN) @ gain  # E[e | x_t]
+        data = MEAN + alpha * (x - alpha * MEAN) @ gain @ COVARIANCE
+        return to_velocity(config, {"v": da * data + ds * e, "eps": e, "x": data}[prediction], x, time)
+
+    ids = torch.arange(40_000)
+    x = sample.integrate(velocity, normal(0, 6, 0, ids, (2,)).double(), "heun", 200, kind, lambda i: torch.zeros(()))
+    standard = 4 / math.sqrt(len(x))
+    assert ((x.mean(0) - MEAN).abs() < standard * COVARIANCE.diag().sqrt() + 0.01).all()
+    assert (torch.cov(x.T) - COVARIANCE).abs().max() < standard * math.sqrt(2) * 0.8 + 0.02
 
 
 def test_times_of_each_sampler() -> None:

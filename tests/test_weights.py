@@ -353,6 +353,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             import_weights(tmp_path / name, tmp_path / "run", SIT)
 
 
+def test_no_format_of_velocities_for_another_prediction(trained: Run, tmp_path: Path) -> None:
+    run, config = Run(tmp_path / "run"), trained.config()
+    run.open(replace(config, interpolant=replace(config.interpolant, prediction="eps")), trained.manifest(), "")
+    run.checkpoints.symlink_to(trained.checkpoints)
+    for form in ("sit", "diffusers"):
+        with pytest.raises(UserError, match="predicts eps on linear: expected --format safetensors"):
+            export(run, form, tmp_path / "out")  # type: ignore[arg-type]
+    assert export(run, "safetensors", tmp_path / "out")[1].startswith("predicts eps; t = 1 is noise")
+
+
 def test_nothing_is_written_over(imported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already"):
         import_weights(tmp_path / "x", imported, SIT)

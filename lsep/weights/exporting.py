@@ -19,6 +19,11 @@ from lsep.weights.importing import described
 from lsep.weights.read import Tensors
 
 Format = Literal["safetensors", "sit", "diffusers"]
+_PATHS = {
+    "linear": "x_t = (1 - t) x + t e, v = e - x",
+    "cosine": "x_t = cos(pi t / 2) x + sin(pi t / 2) e, v its derivative by t",
+    "vp": "x_t = alpha x + sigma e of the variance-preserving path, v its derivative by t",
+}
 FILES = {"safetensors": "model.safetensors", "sit": "model.pt", "diffusers": "diffusion_pytorch_model.safetensors"}
 
 
@@ -44,6 +49,12 @@ def export(
         if not classifier:
             raise UserError(f"--with-probe: {run.path} was trained without a probe")
         backbone |= classifier
+    interpolant = config.interpolant
+    if form != "safetensors" and (interpolant.prediction != "v" or interpolant.path == "vp"):
+        raise UserError(
+            f"--format {form} is for velocities on a linear or cosine path, and {run.path} predicts "
+            f"{interpolant.prediction} on {interpolant.path}: expected --format safetensors"
+        )
     if form == "diffusers" and config.model.qk_norm:
         raise UserError("--format diffusers: its blocks have no QK-norm, and this model has (--model.qk-norm)")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +71,7 @@ def export(
 
 
 def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: int) -> list[str]:
-    file = folder / FILES[form]
+    file, path = folder / FILES[form], _PATHS[config.interpolant.path]
     if form == "safetensors":
         metadata = {
             "format": "lsep",
@@ -69,11 +80,11 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: i
             "config": json.dumps(described(config)),
         }
         save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
-        return ["t = 1 is noise, x_t = (1 - t) x + t e, v = e - x"]
+        return [f"predicts {config.interpolant.prediction}; t = 1 is noise, {path}"]
     if form == "sit":
         torch.save({"ema": sit_state(tensors, config), "lsep": {TIME: tensors[TIME], "step": step}}, file)
         return [
-            "SiT's time and velocity: t = 0 is noise, x_t = t x + (1 - t) e, v = x - e",
+            f"SiT's time and velocity: t = 0 is noise, and at t stands minus our velocity of 1 - t, with {path}",
             "twice the output channels, as SiT with learn_sigma=True has; the second half, which it drops, is zero",
         ]
     state, error = diffusers_dit.write(tensors)
@@ -81,7 +92,7 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: i
     (folder / "config.json").write_text(json.dumps(diffusers_dit.config_of(config), indent=2) + "\n")
     (folder / diffusers_dit.OURS).write_text(json.dumps({"time": "t in [0, 1], 1 is noise", "step": step}) + "\n")
     return [
-        "the velocity v = e - x of x_t = (1 - t) x + t e; `timestep` takes t itself, from 0 (data) to 1 (noise)",
+        f"the velocity v of {path}; `timestep` takes t itself, from 0 (data) to 1 (noise)",
         f"the first layer over t is refitted to diffusers' frequencies, relative error {error:.1e}",
     ]
 
