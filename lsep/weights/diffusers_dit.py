@@ -4,7 +4,6 @@ Two things differ beyond names: diffusers repeats the embeddings of time and lab
 embedding divides frequencies by half - 1, so that the first layer over it is refitted (a relative error near 1e-9).
 """
 
-import re
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from lsep.config import Config
 from lsep.errors import UserError
 from lsep.weights.convention import TIME, refit
-from lsep.weights.read import Raw, Tensors
+from lsep.weights.read import Raw, Tensors, count_blocks
 
 OURS = "lsep.json"
 """Beside our own exports: their time is ours, from 0 to 1."""
@@ -38,7 +37,7 @@ def read(raw: Raw) -> tuple[Tensors, list[str]]:
     from lsep.model import sincos_positions
 
     given, out = dict(raw.tensors), {}
-    depth = 1 + max((int(m[1]) for k in given if (m := re.match(r"transformer_blocks\.(\d+)\.", k))), default=-1)
+    depth = count_blocks(given, "transformer_blocks", str(raw.path))
     names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in _PLAIN.items() for kind in ("weight", "bias")}
     for i in range(depth):
         names |= {
@@ -62,6 +61,8 @@ def read(raw: Raw) -> tuple[Tensors, list[str]]:
         raise UserError(f"{raw.path}: no usable {error.args[0]}, expected a whole DiTTransformer2DModel") from None
     out |= given  # what is left is named as unknown later
     out.pop("pos_embed.pos_embed", None)
+    if out[TIME].ndim != 2 or out["x_embedder.proj.bias"].ndim != 1:
+        raise UserError(f"{raw.path}: {_EMBEDDING[TIME]} is {tuple(out[TIME].shape)}, expected 2 dimensions")
     out["pos_embed"] = sincos_positions(side, len(out["x_embedder.proj.bias"]))[None]
     own, half = (raw.path / OURS).is_file(), out[TIME].shape[1] // 2
     out[TIME], deviation = refit(out[TIME], (1.0 if own else 999.0, half - 1), (1.0, half))
@@ -77,7 +78,7 @@ def write(tensors: Tensors) -> tuple[Tensors, float]:
     embedding = {ours: tensors[ours] for ours in _EMBEDDING}
     half = embedding[TIME].shape[1] // 2
     embedding[TIME], error = refit(embedding[TIME], (1.0, half), (1.0, half - 1))
-    depth = 1 + max(int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k)))
+    depth = count_blocks(tensors, "blocks", "the model")
     for kind in ("weight", "bias"):
         out |= {f"{theirs}.{kind}": tensors[f"{ours}.{kind}"] for ours, theirs in _PLAIN.items()}
         for i in range(depth):

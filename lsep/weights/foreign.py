@@ -12,12 +12,17 @@ from lsep.config import PRESETS, Config, ModelConfig, from_dict
 from lsep.errors import UserError, shown, told
 from lsep.weights import diffusers_dit
 from lsep.weights.convention import TIME, flip_time, refit
-from lsep.weights.read import Raw, Tensors
+from lsep.weights.read import Raw, Tensors, count_blocks
 
 Form = Literal["sit", "repa", "lsep", "dit", "diffusers"]
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, of the published sizes; weights do not tell."""
 _SIZES = {(12, 384): "s", (12, 768): "b", (24, 1024): "l", (28, 1152): "xl"}
+_TURNED = {
+    "x_embedder.proj.weight": 4, TIME: 2, "final_layer.linear.weight": 2, "final_layer.linear.bias": 1,
+    "x_embedder.proj.bias": 1,
+}  # fmt: skip
+"""Dimensions of the tensors that are changed, or that sizes follow from, before all are compared with a model's."""
 _LIGHTNING = re.compile(r"blocks\.0\.(norm1\.weight|mlp\.w12\.weight)|feat_rope\.")
 
 
@@ -64,11 +69,12 @@ def translate(raw: Raw, form: Form) -> Foreign:
     output; what is left over is an error of `fit`."""
     if form == "diffusers":
         tensors, notes = diffusers_dit.read(raw)
+        _require_shapes(tensors, str(raw.path))
         return _half_the_output(Foreign(form, tensors, notes=notes))
     found = Foreign(form, {})
     if raw.rest.get("format") == "lsep":
         found.config = _own_config(raw)
-    depth = 1 + max((int(m[1]) for k in raw.tensors if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
+    depth = count_blocks(raw.tensors, "blocks", str(raw.path))
     for name, tensor in raw.tensors.items():
         later = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)  # of old REPA files
         if name.startswith("classifier."):
@@ -79,9 +85,7 @@ def translate(raw: Raw, form: Form) -> Foreign:
             found.tensors[f"blocks.{depth + int(later[1])}.{later[2]}"] = tensor
         else:
             found.tensors[name] = tensor
-    for needed in ("x_embedder.proj.weight", TIME, "final_layer.linear.weight", "final_layer.linear.bias"):
-        if needed not in found.tensors:
-            raise UserError(f"{raw.path}: no tensor {needed}, expected the weights of a SiT or DiT")
+    _require_shapes(found.tensors, str(raw.path))
     _half_the_output(found)
     if form == "sit":
         exact = raw.rest.get("lsep")
@@ -100,6 +104,18 @@ def translate(raw: Raw, form: Form) -> Foreign:
             f"(its time layer is refitted to t in [0, 1] with a relative error of {error:.1e})"
         )
     return found
+
+
+def _require_shapes(tensors: Tensors, where: str) -> None:
+    """Raise UserError unless all are numbers, and those that are turned or cut have their dimensions."""
+    for name, dimensions in _TURNED.items():
+        if name not in tensors:
+            raise UserError(f"{where}: no tensor {name}, expected the weights of a SiT or DiT")
+        if tensors[name].ndim != dimensions or not tensors[name].numel():
+            raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, expected {dimensions} dimensions")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: {name} is of {tensor.dtype}, expected floating-point numbers")
 
 
 def _own_config(raw: Raw) -> Config:
@@ -124,7 +140,7 @@ def _half_the_output(found: Foreign) -> Foreign:
     weight, bias = (found.tensors[f"final_layer.linear.{kind}"] for kind in ("weight", "bias"))
     proj = found.tensors["x_embedder.proj.weight"]
     channels, patch = proj.shape[1], proj.shape[-1]
-    if len(weight) == 2 * channels * patch**2:
+    if len(weight) == len(bias) == 2 * channels * patch**2:
         cut = weight.view(patch**2, 2 * channels, -1)[:, :channels]
         found.tensors["final_layer.linear.weight"] = cut.reshape(-1, weight.shape[1]).contiguous()
         found.tensors["final_layer.linear.bias"] = bias.view(patch**2, 2 * channels)[:, :channels].flatten()
@@ -139,12 +155,12 @@ def configuration(found: Foreign, where: str, num_heads: int | None) -> Config:
         return replace(found.config, probe=replace(found.config.probe, enabled=bool(found.classifier)))
     try:
         width, channels, patch, _ = t["x_embedder.proj.weight"].shape
-        depth = 1 + max(int(m[1]) for k in t if (m := re.match(r"blocks\.(\d+)\.", k)))
+        depth = count_blocks(t, "blocks", where)
         hidden = len(t["blocks.0.mlp.fc1.weight"])
         classes = len(t["y_embedder.embedding_table.weight"]) - 1
         tokens = t["pos_embed"].shape[1]
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{where}: no tensor {shown(str(error.args[0]))}, from which the sizes follow") from None
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{where}: no usable tensor {shown(str(error.args[0]))}, from which sizes follow") from None
     heads = num_heads or HEADS.get(width)
     if heads is None:
         raise UserError(f"{where}: width {width} is of no published size, expected --num-heads")

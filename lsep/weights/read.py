@@ -7,6 +7,7 @@ DiT, SiT, REPA and LSEP keep their flags in) and refuses the rest; safetensors h
 import argparse
 import json
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,3 +101,15 @@ def _read_diffusers(path: Path) -> Raw:
     else:
         raise UserError(f"{path}: no {weights.name}, expected the weights beside config.json")
     return Raw(path, tensors, "", config, diffusers=True)
+
+
+def count_blocks(tensors: Tensors, name: str, where: str) -> int:
+    """How many blocks called `name` there are; raises UserError where one in between is missing, or all are.
+
+    A model of as many is built from it, so a number in a name alone must not decide.
+    """
+    found = {m[1] for key in tensors if (m := re.match(rf"{name}\.([0-9]+)\.", key))}
+    missing = next((i for i in range(len(found)) if str(i) not in found), None)
+    if not found or missing is not None:
+        raise UserError(f"{where}: no tensors of {name}.{missing or 0}, expected blocks from 0 on without a gap")
+    return len(found)
