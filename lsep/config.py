@@ -394,8 +394,7 @@ FREE_ON_RESUME = {
 def differences(old: Config, new: Config) -> list[str]:
     """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
     # Sections of the same function in another rounding, or of what only looks at it.
-    sections = ("backend", "dist", "sample", "evaluate")
-    free = FREE_ON_RESUME | {k for k in flat(new) if k.split(".")[0] in sections}
+    free = FREE_ON_RESUME | {k for k in flat(new) if k.split(".")[0] in ("backend", "dist", "sample", "evaluate")}
     if new.optim.schedule == "constant":
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
     before, after = flat(old), flat(new)
