@@ -403,13 +403,8 @@ FREE_ON_RESUME = {
 
 def differences(old: Config, new: Config) -> list[str]:
     """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
-    free = FREE_ON_RESUME | {f"sample.{f.name}" for f in fields(SampleConfig)}
-    # The same function, in another rounding; or what only looks at it.
-    free |= {
-        f"{s}.{f.name}"
-        for s, section in (("backend", BackendConfig), ("dist", DistConfig), ("evaluate", EvaluateConfig))
-        for f in fields(section)
-    }
+    # Sections of the same function in another rounding, or of what only looks at it.
+    free = FREE_ON_RESUME | {k for k in flat(new) if k.split(".")[0] in ("backend", "dist", "sample", "evaluate")}
     if new.optim.schedule == "constant":
         free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
     before, after = flat(old), flat(new)

@@ -407,6 +407,9 @@ def test_features_of_always_the_same_width(opened: Callable[[str], Extractor], t
     np.savez(tmp_path / "a.npz", random_images(7, 13))
     with pytest.raises(UserError, match="3 features of an image, and 4 of one before, expected always as many"):
         compute(open_images(str(tmp_path / "a.npz")), opened("varying"), 4)
+    np.savez(tmp_path / "a.npz", random_images(1, 13))
+    with pytest.raises(UserError, match="a.npz: 1 image found, expected at least 2"):
+        compute(open_images(str(tmp_path / "a.npz")), opened("pixels"), 4)
 
 
 def test_extractors_that_cannot_be_had(code: Path, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def extract(
     images: Images, extractor: Extractor, batch_size: int, keep: int | None = None, logits: bool = False
 ) -> Extracted:
     """One pass over `images`. Of their features `keep` are kept, drawn with a fixed seed; all for None."""
+    if images.count < 2:
+        raise UserError(f"{images.source}: {images.count} image found, expected at least 2")
     kept_ids = None
     if keep is not None and keep < images.count:
         kept_ids = np.sort(np.random.default_rng(0).choice(images.count, keep, replace=False))

@@ -43,16 +43,21 @@ class Moments:
         x = x.double()
         mean = x.mean(0)
         centred = x - mean
-        self.join(len(x), mean, centred.T @ centred)
+        self._shift(len(x), mean)
+        self.scatter.addmm_(centred.T, centred)
 
     def join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         """Another set of rows, known by its count, mean `(D,)` and scatter `(D, D)`."""
+        self._shift(count, mean)
+        self.scatter += scatter
+
+    def _shift(self, count: int, mean: Tensor) -> None:
+        """Count and mean with more rows, and what the distance of the two means adds to the scatter; in place."""
         if not self.count:
-            self.count, self.mean, self.scatter = count, mean, scatter
-            return
+            self.mean, self.scatter = torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean))
         total, apart = self.count + count, mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(apart, apart) * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
+        self.scatter.addr_(apart, apart, alpha=self.count * count / total)
+        self.mean += apart * (count / total)
         self.count = total
 
     def gaussian(self) -> Gaussian:
