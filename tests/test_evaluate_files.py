@@ -418,8 +418,8 @@ def test_extractors_that_cannot_be_had(code: Path, tmp_path: Path) -> None:
     cases = {
         "nonsense": "--features is 'nonsense', expected inception, MODULE:FUNCTION or FILE.py:FUNCTION",
         f"{tmp_path}/no.py:f": "no.py does not exist, expected a Python file",
-        f"{broken}:f": r"broken.py cannot be run \(ModuleNotFoundError: No module named 'nothing_of_this_name'\)",
-        "nothing_of_this_name:f": "the module 'nothing_of_this_name' cannot be imported",
+        f"{broken}:f": r"broken.py cannot be imported \(ModuleNotFoundError: No module named 'nothing_of_this_name'\)",
+        "nothing_of_this_name:f": "--features: nothing_of_this_name cannot be imported",
         f"{code}:missing": "mine.py has no function 'missing'",
         f"{code}:number": "mine.py has no function 'number'",
     }
