@@ -68,8 +68,8 @@ def test_velocity_is_the_derivative_of_the_path(kind: str) -> None:
 
 
 def test_path_refuses_other_names() -> None:
-    with pytest.raises(ValueError, match="'linear' or 'cosine'"):
-        ref.path(torch.zeros(1), "vp")
+    with pytest.raises(ValueError, match="'linear', 'cosine' or 'vp'"):
+        ref.path(torch.zeros(1), "straight")
 
 
 def test_norm_modulate_and_gate() -> None:
