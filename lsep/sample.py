@@ -78,11 +78,21 @@ def integrate(
     return x
 
 
+def require(sampler: str) -> None:
+    """Raises UserError where `sampler` needs a package that is not installed, before anything is begun."""
+    if sampler == "dopri5":
+        try:
+            import torchdiffeq  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "the sampler dopri5 needs torchdiffeq, which is not installed: pip install torchdiffeq"
+            ) from None
+
+
 def _dopri5(velocity: Velocity, x: Tensor) -> Tensor:
-    try:
-        from torchdiffeq import odeint
-    except ImportError:
-        raise UserError("--sampler dopri5 needs torchdiffeq, which is not installed: pip install torchdiffeq") from None
+    require("dopri5")
+    from torchdiffeq import odeint
+
     ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
     return odeint(lambda t, x: velocity(x, float(t)), x, ends, method="dopri5", **DOPRI5_ERROR)[-1]
 

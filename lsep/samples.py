@@ -1,16 +1,14 @@
 """`lsep sample`: many images from a run, by one process or several, into one .npz.
 
 Images are drawn in parts, which are files beside the .npz until all are there; a sampling that is started again after a
-kill keeps the whole parts and draws the others. Parts are dealt over the processes of torchrun. What an image looks
-like depends on none of that (`lsep.sample`).
+kill keeps the whole parts and draws the others. Of several guidance scales those that are whole are kept too. Parts are
+dealt over the processes of torchrun. What an image looks like depends on none of that (`lsep.sample`).
 """
 
 import hashlib
 import json
 import sys
 import time
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsep import checkpoint, sample, shards
+from lsep import backends, checkpoint, sample, shards
 from lsep.config import Config, DistConfig, SampleConfig
+from lsep.data.encode import fingerprint
 from lsep.data.manifest import Manifest
 from lsep.decode import Decoder
 from lsep.dist import World, world
 from lsep.errors import UserError, shown
 from lsep.interpolant import Stream
 from lsep.model import SiT
+from lsep.parts import Parts, assemble
 from lsep.run import Run, write_atomic
 from lsep.sample import UNIT, Rounding
 from lsep.step import pick_device
@@ -34,10 +34,9 @@ from lsep_kernels.reference import uniform
 
 GRID = 400
 """Images in the PNG grid, at most: the first ones."""
+SETTINGS = "settings.json"
 _PATIENCE = 86400.0
 """Seconds."""
-_ROWS = 256
-"""Images copied at once when parts are put together."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def sample_run(
     Returns the PNG grids and .npz files: `arr_0` uint8 images (N, H, W, C), or float32 latents (N, C, H, W) as a VAE
     decodes them, and `arr_1` their labels. Raises UserError before anything is drawn where something is missing.
     """
-    if out is not None and out.suffix == ".npz" and len(scales) > 1:
-        raise UserError(f"--out {out} is one file, but --cfg has {len(scales)} scales: expected a folder")
+    _check(request, scales, out)
     files = []
     # A process may wait long for another one's parts.
     with world(replace(config, dist=DistConfig(timeout=_PATIENCE)), pick_device(device)) as here:
@@ -74,6 +72,23 @@ def sample_run(
         for scale in scales:
             files += job.draw(scale, out, several=len(scales) > 1)
     return files
+
+
+def _check(request: Request, scales: tuple[float, ...], out: Path | None) -> None:
+    if not scales:
+        raise UserError("--cfg is empty, expected at least one guidance scale")
+    names = [f"{scale:g}" for scale in scales]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--cfg holds {name} {names.count(name)} times, expected scales that differ in 6 digits")
+    if out is not None and out.suffix == ".npz" and len(scales) > 1:
+        raise UserError(f"--out {out} is one file, but --cfg has {len(scales)} scales: expected a folder")
+    if request.classes == ():
+        raise UserError("--classes is empty, expected at least one class")
+    if request.seed < 0:
+        raise UserError(f"--seed is {request.seed}, expected at least 0")
+    if request.autoguidance is not None and set(scales) == {1.0}:
+        raise UserError("--autoguidance acts where --cfg is not 1, and it is 1: expected another scale")
 
 
 class Job:
@@ -88,13 +103,18 @@ class Job:
         for c in request.classes or ():
             if not 0 <= c < self.manifest.num_classes:
                 raise UserError(f"--classes holds {c}, expected from 0 to {self.manifest.num_classes - 1}")
-        self.sources = {"checkpoint": _identity(run, self.step)}
+        sample.require(config.sample.sampler)
+        problem = backends.missing_compiler(here.device) if request.compile else None
+        if problem:
+            raise UserError(f"--compile on {here.device.type} needs {problem}")
+        self.sources = {"device": here.device.type, "checkpoint": _identity(run, self.step)}
         self.weak = None if request.autoguidance is None else self._load_weak(request.autoguidance, device)
         self.decoder = None
         if request.vae is not None:
             if self.manifest.kind == "pixels":
                 raise UserError(f"--vae {request.vae}: {run.path} was trained on pixels, which need no decoder")
             self.decoder = Decoder(request.vae, self.manifest, request.rounding, here.device)
+            self.sources["vae_sha256"] = fingerprint(self.decoder.vae)[:16]
         if request.compile:
             for model in (self.model, self.weak):
                 if model is not None:
@@ -109,6 +129,12 @@ class Job:
         if config.interpolant.path != self.config.interpolant.path:
             own, there = self.config.interpolant.path, config.interpolant.path
             raise UserError(f"--autoguidance {path}: its path is {there}, expected {own} as in {self.run.path}")
+        if config.model.conditional != self.config.model.conditional:
+            kinds = {True: "class-conditional", False: "unconditional"}
+            found_kind, wanted = (kinds[c.model.conditional] for c in (config, self.config))
+            raise UserError(
+                f"--autoguidance {path}: its model is {found_kind}, expected {wanted} as in {self.run.path}"
+            )
         for name in ("kind", "shape", "num_classes", "scale", "shift"):
             own, there = getattr(self.manifest, name), getattr(manifest, name)
             if own != there:
@@ -123,9 +149,11 @@ class Job:
         out = out or self.run.samples / self._folder_name(config.sample)
         npz = out if out.suffix == ".npz" else out / "samples.npz"
         grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
-        self.world.on_main(lambda: _make_folder(npz.parent, out))
+        self.world.on_main(lambda: _make_folder(npz, out))
         settings = self._settings(config.sample)
         parts = Parts(npz.with_name(npz.name + ".parts"), config.sample.num, config.sample.batch_size)
+        if several and self.world.on_main(lambda: _finished(npz, grid, parts, settings)):
+            return [grid, npz]
         self.world.at("the parts of a sampling")
         self.world.on_main(lambda: parts.open(settings))
         progress = Progress(parts, self.world)
@@ -150,44 +178,67 @@ class Job:
 
     def _draw(self, config: Config, first: int, last: int) -> np.ndarray:
         x = sample.draw(self.model, config, self.labels(first, last), self.request.seed, first, weak=self.weak)
+        broken = (~x.isfinite()).flatten(1).any(1).nonzero()
+        if len(broken):  # as bytes they would look like images
+            raise UserError(f"image {first + int(broken[0])} of {self.run.path} is not finite: expected finite weights")
         if self.manifest.kind == "pixels":
             return sample.to_uint8(x, self.request.rounding)
         return self.decoder(x) if self.decoder else (x / self.manifest.scale + self.manifest.shift).cpu().numpy()
 
     def _settings(self, config: SampleConfig) -> dict[str, Any]:
         """All that decides about the images."""
-        given = {k: v for k, v in asdict(self.request).items() if k not in ("precision", "compile", "autoguidance")}
+        given = {k: v for k, v in asdict(self.request).items() if k not in ("precision", "autoguidance")}
         return {
             "step": self.step, **given, "classes": self.request.classes and list(self.request.classes),
             **asdict(config), "precision": self.config.train.precision, **self.sources,
         }  # fmt: skip
 
     def _folder_name(self, config: SampleConfig) -> str:
-        """A name that tells the settings, so that other settings do not replace earlier samples."""
+        """A name that tells the settings that are changed most, so that others do not replace earlier samples."""
         request = self.request
         name = f"step-{self.step:07d}-{config.sampler}-{config.steps}-cfg-{config.cfg:g}-seed-{request.seed}"
+        if config.cfg != 1 and (config.guidance_low, config.guidance_high) != (0, 1):
+            name += f"-from-{config.guidance_low:g}-to-{config.guidance_high:g}"
         name += "" if request.classes is None else "-classes-" + "-".join(map(str, request.classes))
         name += "" if request.labels == "balanced" else "-random"
         return name + ("" if self.weak is None else "-auto") + ("" if self.decoder is None else "-decoded")
 
-    def _put_together(self, parts: "Parts", npz: Path, grid: Path, out: Path, settings: dict[str, Any]) -> None:
+    def _put_together(self, parts: Parts, npz: Path, grid: Path, out: Path, settings: dict[str, Any]) -> None:
         order = np.arange(parts.num)
         if self.request.shuffle:
             order = np.random.default_rng(self.request.seed).permutation(parts.num)
-        arrays = parts.arrays()
-        assemble(npz, arrays, order, self.labels(0, parts.num).numpy())
-        first = np.concatenate([np.asarray(a[:GRID]) for a in arrays[: -(-GRID // parts.size)]])[:GRID]
+        files = parts.files()
+        if out.suffix != ".npz":  # those of earlier samples must not stand beside these
+            (out / SETTINGS).unlink(missing_ok=True)
+        assemble(npz, files, order, self.labels(0, parts.num).numpy())
+        first = np.concatenate([np.load(f, mmap_mode="r")[:GRID] for f in files[: -(-GRID // parts.size)]])[:GRID]
         sample.save_grid(_pictures(first, self.manifest), grid)
         if out.suffix != ".npz":
-            write_atomic(out / "settings.json", json.dumps(settings, indent=2) + "\n")
+            write_atomic(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
         parts.remove()
 
 
-def _make_folder(folder: Path, out: Path) -> None:
+def _make_folder(npz: Path, out: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        npz.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be a folder ({error.strerror}), expected one or a file .npz") from None
+    if npz.is_dir():
+        raise UserError(f"--out {out}: {npz} is a folder, expected a file or nothing there")
+
+
+def _finished(npz: Path, grid: Path, parts: Parts, settings: dict[str, Any]) -> bool:
+    """Whether an earlier sampling has drawn this scale to the end; its settings are written after all else."""
+    if parts.folder.exists() or not (npz.is_file() and grid.is_file()):
+        return False
+    try:
+        there = json.loads((npz.parent / SETTINGS).read_text())
+    except (OSError, ValueError):
+        return False
+    if there != json.loads(json.dumps(settings)):
+        return False
+    print(f"{npz}: already drawn with these settings", file=sys.stderr)
+    return True
 
 
 def _pictures(images: np.ndarray, manifest: Manifest) -> np.ndarray:
@@ -199,86 +250,8 @@ def _pictures(images: np.ndarray, manifest: Manifest) -> np.ndarray:
 
 def _identity(run: Run, step: int) -> str:
     """Which weights those are, by the checkpoint's own sha256."""
-    path = checkpoint.find(run.checkpoints, step)
-    return f"{path}, {hashlib.sha256((path / shards.MANIFEST).read_bytes()).hexdigest()[:16]}"
-
-
-class Parts:
-    """The parts of a sampling: `part-00000-CRC32.npy` in a folder that is removed in the end."""
-
-    def __init__(self, folder: Path, num: int, batch_size: int) -> None:
-        self.folder, self.num = folder, num
-        self.size = -(-batch_size // UNIT) * UNIT
-        self.count = -(-num // self.size)
-
-    def range(self, index: int) -> tuple[int, int]:
-        """First image of a part, and the one after its last."""
-        return index * self.size, min((index + 1) * self.size, self.num)
-
-    def open(self, settings: dict[str, Any]) -> None:
-        """Begin, or go on with what was drawn under the same settings; raises UserError where they differ."""
-        file = self.folder / "settings.json"
-        settings = json.loads(json.dumps({**settings, "part": self.size}))
-        if file.exists():
-            try:
-                before = json.loads(file.read_text())
-                changed = [k for k in settings if before[k] != settings[k]]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{file}: not settings of this program, remove {self.folder}") from None
-            if changed:
-                told = "; ".join(f"{k}: {shown(before[k])} -> {shown(settings[k])}" for k in changed)
-                raise UserError(
-                    f"{self.folder} holds parts of other samples ({told}): remove it or give the same flags"
-                )
-            return
-        self.folder.mkdir(exist_ok=True)
-        write_atomic(file, json.dumps(settings, indent=2) + "\n")
-
-    def whole(self, index: int) -> Path | None:
-        """The file of a part that is there and undamaged; a damaged one is removed."""
-        for path in self.folder.glob(f"part-{index:05d}-*.npy"):
-            if f"{zlib.crc32(path.read_bytes()):08x}" == path.stem.rpartition("-")[2]:
-                return path
-            path.unlink()
-        return None
-
-    def write(self, index: int, images: np.ndarray) -> None:
-        temporary = self.folder / f".part-{index:05d}.tmp"
-        with temporary.open("wb") as file:
-            np.save(file, images)
-        crc = zlib.crc32(temporary.read_bytes())
-        shards.flush(temporary)
-        temporary.rename(self.folder / f"part-{index:05d}-{crc:08x}.npy")
-
-    def arrays(self) -> list[np.ndarray]:
-        """All parts in order, on the disk; raises UserError where one is missing."""
-        paths = [self.whole(i) for i in range(self.count)]
-        missing = [i for i, path in enumerate(paths) if path is None]
-        if missing:
-            raise UserError(f"{self.folder}: part {missing[0]} is missing or damaged, sample again to draw it")
-        return [np.load(path, mmap_mode="r") for path in paths if path is not None]
-
-    def remove(self) -> None:
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
-
-
-def assemble(npz: Path, parts: list[np.ndarray], order: np.ndarray, labels: np.ndarray) -> None:
-    """Write the images of `parts` in `order` as arr_0, and their labels as arr_1; little of it is in memory at once."""
-    size, shape = len(parts[0]), parts[0].shape[1:]
-    temporary = npz.with_name(npz.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": (len(order), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(order), _ROWS):
-                rows = [parts[i // size][i % size] for i in order[start : start + _ROWS]]
-                file.write(np.stack(rows).tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels[order])
-    shards.flush(temporary)
-    temporary.replace(npz)
+    content = (checkpoint.find(run.checkpoints, step) / shards.MANIFEST).read_bytes()
+    return f"step {step}, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 class Progress:

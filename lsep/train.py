@@ -45,6 +45,7 @@ def train(
         here.at("the start")
 
         def look() -> None:
+            sample.require(config.sample.sampler)  # not only at the first grid
             if resume and latest(run.checkpoints) is None:
                 raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
 

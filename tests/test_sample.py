@@ -128,13 +128,16 @@ def test_guidance_acts_inside_its_interval_only() -> None:
     model, config = model_and_config(sample__cfg=3.0, sample__guidance_low=0.3, sample__guidance_high=0.6)
     x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3])
     velocity = sample.guided(model, y, config.sample)
+    rows: list[int] = []
     with torch.no_grad():
         for t, guides in ((0.29, False), (0.3, True), (0.6, True), (0.61, False)):
             time = torch.full((4,), t)
             labelled = model(x.float(), time, y).double()
             unlabelled = model(x.float(), time, torch.full_like(y, 5)).double()
             truth = unlabelled + 3 * (labelled - unlabelled) if guides else labelled
-            torch.testing.assert_close(velocity(x, t), truth, rtol=1e-4, atol=1e-4)
+            with model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+                torch.testing.assert_close(velocity(x, t), truth, rtol=1e-4, atol=1e-4)
+            assert rows.pop() == (8 if guides else 4) and not rows  # one pass, doubled only where guidance acts
 
 
 def test_unconditional_model_ignores_classes() -> None:
@@ -188,6 +191,8 @@ def test_pixel_models_give_uint8_images(tmp_path: Path) -> None:
     data = np.load(npz)["arr_0"]
     assert data.shape == (6, 8, 8, 1) and data.dtype == np.uint8
     assert {"agreement", "agreement_samples", "train_seconds"} <= run.results().keys()
+    with pytest.raises(UserError, match="--vae x: .* was trained on pixels, which need no decoder"):
+        sample_run(run, run.config(), Request(vae="x"), (1.0,), tmp_path / "decoded", None, "cpu")
 
 
 def test_sampling_needs_the_run_alone(trained: Run, store: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """`lsep sample` at scale: the same bits whatever draws them, kills survived, guidance of all kinds, decoding."""
 
 import os
+import resource
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +16,16 @@ import torch
 from conftest import lively, tiny
 from test_dist import torchrun
 
-from lsep import sample, samples
+from lsep import parts as parts_room
+from lsep import sample
 from lsep.cli import main
 from lsep.data.writer import write_store
 from lsep.errors import UserError
 from lsep.objective import Objective
+from lsep.parts import Parts, assemble
 from lsep.run import Run
 from lsep.sample import to_uint8
-from lsep.samples import Parts, Request, assemble, sample_run
+from lsep.samples import Request, sample_run
 from lsep.train import train
 
 
@@ -102,6 +106,79 @@ def test_what_was_drawn_before_a_kill_is_kept(run: Run, tmp_path: Path, monkeypa
     assert sorted(p.name for p in out.iterdir()) == ["grid.png", "samples.npz", "settings.json"]
 
 
+def test_a_killed_process_is_continued(run: Run, tmp_path: Path) -> None:
+    flags = ["--num", "256", "--steps", "100", "--cfg", "1.5", "--batch-size", "32", "--out", str(tmp_path / "cut.npz")]
+    command = [sys.executable, "-m", "lsep", "sample", str(run.path), *flags, "--device", "cpu"]
+    parts = tmp_path / "cut.npz.parts"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while len(list(parts.glob("part-*.npy"))) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.kill()
+    before = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*.npy")}
+    assert 2 <= len(before) < 8
+    kept = {}
+    real = Parts.remove
+
+    def remove(self: Parts) -> None:
+        kept.update({p.name: p.stat().st_mtime_ns for p in self.folder.glob("part-*.npy")})
+        real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parts, "remove", remove)
+        cut = drawn(run, tmp_path / "cut.npz", num=256, steps=100, batch_size=32)
+    assert len(kept) == 8 and before.items() <= kept.items()
+    assert_equal(cut, drawn(run, tmp_path / "whole", num=256, steps=100))
+
+
+def test_a_killed_sweep_keeps_its_whole_scales(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = sample.draw, []
+
+    def draw(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append((args[1].sample.cfg, args[4]))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "draw", draw)
+    out, scales = tmp_path / "out", (1.5, 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(run, out, batch_size=32, scales=scales)
+    drawn(run, out, batch_size=32, scales=scales)
+    assert calls[5:] == [(2.0, 32), (2.0, 64)]
+    for scale in scales:
+        alone = drawn(run, tmp_path / f"{scale}.npz", scales=(scale,))
+        assert_equal(loaded(out / f"cfg-{scale:g}" / "samples.npz"), alone)
+    del calls[5:]
+    drawn(run, out, batch_size=32, scales=scales, seed=1)  # other samples: nothing is kept
+    assert len(calls) == 5 + 6
+
+
+def test_parts_without_settings_are_of_nobody(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", 40, 32)
+    parts.open({"seed": 0})
+    parts.write(0, np.zeros((32, 2, 2, 3), np.uint8))
+    (parts.folder / "settings.json").unlink()
+    parts.open({"seed": 1})
+    assert parts.whole(0) is None
+    parts.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_finite_is_no_image(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sample.draw
+
+    def draw(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = real(*args, **kwargs)
+        x[7, 0, 3, 3] = float("nan")
+        return x
+
+    monkeypatch.setattr(sample, "draw", draw)
+    with pytest.raises(UserError, match=r"image 7 of .* is not finite"):
+        drawn(run, tmp_path / "out")
+
+
 def test_parts_of_other_samples_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sample.draw
     monkeypatch.setattr(sample, "draw", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -110,6 +187,8 @@ def test_parts_of_other_samples_are_refused(run: Run, tmp_path: Path, monkeypatc
     monkeypatch.setattr(sample, "draw", real)
     with pytest.raises(UserError, match=r"holds parts of other samples \(seed: 0 -> 1\): remove it or give the same"):
         drawn(run, tmp_path / "out", seed=1)
+    with pytest.raises(UserError, match=r"\(compile: False -> True\)"):  # another rounding
+        drawn(run, tmp_path / "out", compile=True)
     (tmp_path / "out" / "samples.npz.parts" / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="not settings of this program"):
         drawn(run, tmp_path / "out")
@@ -187,10 +266,29 @@ def test_latents_are_decoded(run: Run, tmp_path: Path) -> None:
         truth = vae.decode(latents).sample
     wanted = ((truth + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).floor().numpy()
     assert np.abs(images["arr_0"] - wanted).max() <= 1 and (images["arr_0"] == wanted).mean() > 0.999
+    assert_equal(images, drawn(run, tmp_path / "e", vae=str(tmp_path / "vae"), rounding="truncate", shuffle=False))
     other = diffusers.AutoencoderKL(**{**blocks, "latent_channels": 4}, **types)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="its latents have 4 channels, expected the run's 3"):
         drawn(run, tmp_path / "c", vae=str(tmp_path / "other"))
+
+
+def test_a_vae_is_known_by_its_weights(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    shape: dict[str, Any] = {"block_out_channels": [4], "norm_num_groups": 2, "latent_channels": 3}
+
+    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "draw", interrupted)
+    for seed, expected in (
+        (0, pytest.raises(KeyboardInterrupt)),
+        (1, pytest.raises(UserError, match=r"\(vae_sha256: ")),
+    ):
+        torch.manual_seed(seed)
+        diffusers.AutoencoderKL(**shape).save_pretrained(tmp_path / "vae")
+        with expected:
+            drawn(run, tmp_path / "out", vae=str(tmp_path / "vae"))
 
 
 def test_dopri5_meets_small_steps(run: Run, tmp_path: Path) -> None:
@@ -201,15 +299,18 @@ def test_dopri5_meets_small_steps(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_archive_is_put_together_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "_ROWS", 7)
+    monkeypatch.setattr(parts_room, "_ROWS", 7)
     parts = Parts(tmp_path / "parts", 100, 32)
     parts.open({"a": 1})
     images = np.random.default_rng(0).integers(256, size=(100, 4, 4, 3)).astype(np.uint8)
     for i in range(parts.count):
         parts.write(i, images[slice(*parts.range(i))])
-    arrays, order, labels = parts.arrays(), np.random.default_rng(1).permutation(100), np.arange(100)
-    assert all(isinstance(a, np.memmap) for a in arrays)
-    assemble(tmp_path / "x.npz", arrays, order, labels)
+    order, labels = np.random.default_rng(1).permutation(100), np.arange(100)
+    opened, load = [], np.load
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", lambda *args, **kwargs: opened.append(load(*args, **kwargs)) or opened[-1])
+        assemble(tmp_path / "x.npz", parts.files(), order, labels)
+    assert opened and all(isinstance(a, np.memmap) for a in opened)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as archive:
         np.testing.assert_array_equal(archive["arr_0"], images[order])
         np.testing.assert_array_equal(archive["arr_1"], order)
@@ -217,7 +318,24 @@ def test_the_archive_is_put_together_piece_by_piece(tmp_path: Path, monkeypatch:
         assert archive.testzip() is None
     next(iter(parts.folder.glob("part-00001-*"))).unlink()
     with pytest.raises(UserError, match="part 1 is missing or damaged"):
-        parts.arrays()
+        parts.files()
+
+
+def test_more_parts_than_files_may_be_open(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", 32 * 60, 32)
+    parts.open({})
+    images = np.random.default_rng(0).integers(256, size=(parts.num, 2, 2, 1)).astype(np.uint8)
+    for i in range(parts.count):
+        parts.write(i, images[slice(*parts.range(i))])
+    order = np.random.default_rng(1).permutation(parts.num)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(p.name) for p in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, limits[1]))
+    try:
+        assemble(tmp_path / "x.npz", parts.files(), order, order)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_array_equal(loaded(tmp_path / "x.npz")["arr_0"], images[order])
 
 
 @pytest.mark.parametrize(
@@ -227,8 +345,13 @@ def test_the_archive_is_put_together_piece_by_piece(tmp_path: Path, monkeypatch:
         (["--cfg", "-1"], "--sample.cfg is -1.0, expected at least 0"),
         (["--classes", "7"], "--classes holds 7, expected from 0 to 4"),
         (["--vae", "./none"], "--vae ./none: no such folder"),
-        (["--autoguidance", "none"], "none: not a run directory"),
+        (["--cfg", "2", "--autoguidance", "none"], "none: not a run directory"),
         (["--checkpoint", "9"], "no checkpoint of step 9"),
+        (["--cfg"], "--cfg is empty"),
+        (["--cfg", "1.5", "2", "1.5"], "--cfg holds 1.5 2 times"),
+        (["--classes"], "--classes is empty"),
+        (["--seed", "-1"], "--seed is -1, expected at least 0"),
+        (["--autoguidance", "."], "--autoguidance acts where --cfg is not 1"),
     ],
 )
 def test_bad_flags(run: Run, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,3 +367,37 @@ def test_a_missing_torchdiffeq_is_named(run: Run, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "sample", str(run.path), "--sampler", "dopri5", "--out", str(tmp_path / "x")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2 and "needs torchdiffeq, which is not installed: pip install torchdiffeq" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_torchdiffeq_ends_a_training_at_its_start(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    config = run.config()
+    with pytest.raises(UserError, match="the sampler dopri5 needs torchdiffeq"):
+        train(replace(config, sample=replace(config.sample, sampler="dopri5")), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_stands_in_the_way_is_found_before_drawing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "draw", lambda *args, **kwargs: pytest.fail("sampled first"))
+    (tmp_path / "a.npz").mkdir()
+    with pytest.raises(UserError, match=r"a.npz is a folder, expected a file or nothing there"):
+        drawn(run, tmp_path / "a.npz")
+    (tmp_path / "b.npz.parts").write_text("mine")
+    with pytest.raises(UserError, match=r"b.npz.parts is a file, expected a folder of parts"):
+        drawn(run, tmp_path / "b.npz")
+    monkeypatch.setattr("lsep.backends.missing_compiler", lambda device: "a C++ compiler")
+    with pytest.raises(UserError, match=r"--compile on cpu needs a C\+\+ compiler"):
+        drawn(run, tmp_path / "c.npz", compile=True)
+
+
+def test_autoguidance_by_a_model_of_another_kind(run: Run, tmp_path: Path) -> None:
+    config = run.config()
+    changes = {"model": replace(config.model, conditional=False), "train": replace(config.train, steps=1)}
+    other = train(replace(config, **changes), tmp_path / "other")
+    with pytest.raises(UserError, match="its model is unconditional, expected class-conditional as in"):
+        drawn(run, tmp_path / "out", autoguidance=str(other.path))
