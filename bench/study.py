@@ -25,32 +25,12 @@ from typing import Any
 import torch
 
 from bench.section import ROOT
-from bench.study_row import Sizes, row
+from bench.study_page import render
+from bench.study_row import MAIN, VARIANTS, Sizes, row
 from bench.study_task import Task, open_task
 from lsep.errors import UserError
 from lsep.run import write_atomic
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain SiT": {"probe.enabled": False},
-    "paper": {"probe.branch": "paper"},
-    "shared, e = 0.8": {},
-    "shared, e = 0.2": {"probe.extra_fraction": 0.2},
-    "shared, e = 0": {"probe.extra_fraction": 0.0},
-    "without cropping": {"probe.window_min": "grid"},
-    "constant weight": {"probe.weight_start": 0.02625, "probe.weight_end": 0.02625},
-    "rho = 0": {"probe.rho": 0.0, "probe.branch": "paper"},
-    "rho = 1": {"probe.rho": 1.0},
-    "probe removed at half time": {"probe.end_step": "half"},
-    "probe weight x 1/3": {"probe.weight_start": 0.0075, "probe.weight_end": 0.01},
-    "probe weight x 3": {"probe.weight_start": 0.0675, "probe.weight_end": 0.09},
-    "label noise 10 %": {"data.path": "noisy"},
-    "label noise 10 %, plain SiT": {"data.path": "noisy", "probe.enabled": False},
-    "label smoothing 0.1": {"probe.label_smoothing": 0.1},
-    "logit-normal t": {"interpolant.time": "logit-normal"},
-    "logit-normal t, plain SiT": {"interpolant.time": "logit-normal", "probe.enabled": False},
-}
-"""What differs from LSEP as it is by default; rho = 0.9 is the default's."""
-MAIN = tuple(VARIANTS)[:5]
 SEEDS = 3
 
 
@@ -77,8 +57,6 @@ def run_all(
     task: Task, sizes: Sizes, chosen: list[Plan], folder: Path, results: Path, docs: Path, command: str
 ) -> None:
     """Run the rows that are not in the file `results` yet; each is in it as soon as it is done."""
-    from bench.study_page import render
-
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"rows": {}}
     if found["rows"] and found["sizes"] != sizes.described():

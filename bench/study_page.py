@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.study import MAIN, VARIANTS
+from bench.study_row import MAIN, VARIANTS
 
 Rows = list[dict[str, Any]]
 

@@ -12,12 +12,34 @@ from bench.study_task import Images, Task
 from lsep import checkpoint, sample
 from lsep.config import PRESETS, Config, override
 from lsep.data.loader import open_source
+from lsep.data.manifest import Manifest
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
-from lsep.run import Run
+from lsep.model import SiT
 from lsep.separability.measure import Settings, Subject, measure
 from lsep.step import pick_device
 from lsep.train import train
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain SiT": {"probe.enabled": False},
+    "paper": {"probe.branch": "paper"},
+    "shared, e = 0.8": {},
+    "shared, e = 0.2": {"probe.extra_fraction": 0.2},
+    "shared, e = 0": {"probe.extra_fraction": 0.0},
+    "without cropping": {"probe.window_min": "grid"},
+    "constant weight": {"probe.weight_start": 0.02625, "probe.weight_end": 0.02625},
+    "rho = 0": {"probe.rho": 0.0, "probe.branch": "paper"},
+    "rho = 1": {"probe.rho": 1.0},
+    "probe removed at half time": {"probe.end_step": "half"},
+    "probe weight x 1/3": {"probe.weight_start": 0.0075, "probe.weight_end": 0.01},
+    "probe weight x 3": {"probe.weight_start": 0.0675, "probe.weight_end": 0.09},
+    "label noise 10 %": {"data.path": "noisy"},
+    "label noise 10 %, plain SiT": {"data.path": "noisy", "probe.enabled": False},
+    "label smoothing 0.1": {"probe.label_smoothing": 0.1},
+    "logit-normal t": {"interpolant.time": "logit-normal"},
+    "logit-normal t, plain SiT": {"interpolant.time": "logit-normal", "probe.enabled": False},
+}
+"""What differs from LSEP as it is by default; rho = 0.9 is the default's."""
+MAIN = tuple(VARIANTS)[:5]
 SAMPLING_SEEDS = 3
 """Of the last point: the spread that sampling alone has."""
 
@@ -50,18 +72,20 @@ def row(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int, folder: Pa
     """Train, or go on with what an earlier call has trained, and judge; the folder is removed in the end."""
     config = configuration(task, sizes, variant, seed)
     run = train(config, folder / "run", preset="quickstart")
+    config, manifest = run.config(), run.manifest()
     seconds = {line["step"]: line["seconds"] for line in run.metrics()}
     reference = gaussian(task, task.train)
     points: list[dict[str, Any]] = []
     for path in checkpoint.steps(run.checkpoints):
         step = int(path.name)
-        images = draw(run, step, sizes, sizes.samples_on_the_way, 0)
+        model = sample.load_ema(run, step, pick_device("auto").type)[0]
+        images = draw(model, config, sizes.samples_on_the_way, 0, manifest)
         points.append({
             "step": step, "seconds": seconds[step], "distance": frechet_distance(gaussian(task, images), reference),
-            "accuracy": accuracy(task, run, step, sizes),
+            "accuracy": accuracy(task, model, config, sizes),
         })  # fmt: skip
     final = [
-        frechet_distance(gaussian(task, draw(run, step, sizes, sizes.samples, s)), reference)
+        frechet_distance(gaussian(task, draw(model, config, sizes.samples, s, manifest)), reference)
         for s in range(SAMPLING_SEEDS)
     ]
     sample.save_grid(images[:50], folder.parent / f"{folder.name}.png", columns=10)
@@ -87,11 +111,10 @@ def configuration(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int) 
     return override(base, {"train.checkpoint_every": steps // sizes.points, **changes})
 
 
-def draw(run: Run, step: int, sizes: Sizes, count: int, seed: int) -> Images:
+def draw(model: SiT, config: Config, count: int, seed: int, manifest: Manifest) -> Images:
     """Class-balanced samples of the averaged weights."""
-    model, config, manifest, _ = sample.load_ema(run, step, pick_device("auto").type)
-    labels = torch.arange(count) % manifest.num_classes
-    return sample.to_images(sample.draw(model, config, labels, 1000 + seed, progress=True), manifest)
+    labels = sample.grid_labels(count, manifest.num_classes)
+    return sample.to_images(sample.draw(model, config, labels, 1000 + seed), manifest)
 
 
 def gaussian(task: Task, images: Images) -> Gaussian:
@@ -101,16 +124,14 @@ def gaussian(task: Task, images: Images) -> Gaussian:
     return moments.gaussian()
 
 
-def accuracy(task: Task, run: Run, step: int, sizes: Sizes) -> float:
+def accuracy(task: Task, model: SiT, config: Config, sizes: Sizes) -> float:
     """Of a linear probe on the mean of all tokens after the probed block, unlabelled, on held-out images, mean over t.
 
     Fitted with the true labels, whatever labels the training saw.
     """
-    device = pick_device("auto")
-    model, config, _, _ = sample.load_ema(run, step, device.type)
     source, test = (open_source(override(config, {"data.path": str(task.stores[s])}).data) for s in ("train", "test"))
     settings = Settings(
         depths=(config.probe.depth,), times=sizes.times, num=sizes.probed, seeds=1, tokens=1, l2=(1e-3,), batch_size=256
     )
-    found = measure(Subject(str(run.path), model, config, source, test, device), settings)
+    found = measure(Subject(task.name, model, config, source, test, model.pos_embed.device), settings)
     return float(np.mean(found.accuracy["pooled"]))

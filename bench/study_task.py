@@ -3,11 +3,9 @@
 A judge is a small classifier's hidden features; distances between Gaussians fitted to them are called FD, never FID.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import numpy.typing as npt
 from lsep.data import digits
 from lsep.data.writer import write_store
 from lsep.errors import UserError
+from lsep.functions import load_module
 
 Images = npt.NDArray[np.uint8]
 """`(N, H, W, C)`."""
@@ -48,7 +47,10 @@ def open_task(name: str, cifar10: Path | None, folder: Path, rows: int | None) -
     else:
         if cifar10 is None:
             raise UserError("--cifar10 is missing, expected the folder of cifar10.py, train.npz and test.npz")
-        module = _module(cifar10 / "cifar10.py")
+        path = cifar10 / "cifar10.py"
+        if not path.is_file():
+            raise UserError(f"--cifar10: {path} is missing, expected a module with load(split) and features(images)")
+        module: Any = load_module("--cifar10", str(path))
         train, test = (module.load(split) for split in ("train", "test"))
         features, distance = module.features, "FD-R128"
         note = "CIFAR-10 from JPEG scans of quality 75: nothing compares with figures on the original"
@@ -78,13 +80,3 @@ def _digits() -> tuple[tuple[Images, Any], tuple[Images, Any], Callable[[Images]
     accuracy = digits.classifier().score(digits.as_inputs(images[held]), y[held])
     note = f"Scikit-learn's digits; the judge, which saw no test image, is right on {accuracy:.1%} of them"
     return (images[~held], y[~held]), (images[held], y[held]), digits.features, note
-
-
-def _module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"--cifar10: {path} is missing, expected a module with load(split) and features(images)")
-    spec = importlib.util.spec_from_file_location("cifar10", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -390,22 +390,3 @@ def from_dict(values: Any, source: str) -> Config:
         return override(Config(), {f"{s}.{k}": v for s, section in values.items() for k, v in section.items()})
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-# A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
-FREE_ON_RESUME = {
-    "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
-    "train.weights", "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last",
-    "train.keep_every", "train.sample_every", "train.eval_every", "train.overhead_rounds", "train.wandb",
-    "train.max_skipped", "train.on_spike", "train.init", "train.spike_factor",
-}  # fmt: skip
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
-    # Sections of the same function in another rounding, or of what only looks at it.
-    free = FREE_ON_RESUME | {k for k in flat(new) if k.split(".")[0] in ("backend", "dist", "sample", "evaluate")}
-    if new.optim.schedule == "constant":
-        free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
-    before, after = flat(old), flat(new)
-    return [f"{k}: {shown(before[k])} -> {shown(after[k])}" for k in before if k not in free and before[k] != after[k]]

@@ -7,7 +7,7 @@ from torch import Tensor
 from lsep.data.encode import load_vae
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
-from lsep.sample import Rounding, to_uint8
+from lsep.sample import Rounding, latents, to_uint8
 
 UNIT = 8
 """Latents decoded at once, always as many, so that an image does not depend on how many there are."""
@@ -29,7 +29,7 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> np.ndarray:
         """uint8 images `(N, H, W, 3)` of latents `(N, C, h, w)`."""
-        latents = x / self.manifest.scale + self.manifest.shift
-        filled = torch.cat([latents, latents[:1].expand(-len(x) % UNIT, -1, -1, -1)])
+        x = latents(x, self.manifest)
+        filled = torch.cat([x, x[:1].expand(-len(x) % UNIT, -1, -1, -1)])
         images = [to_uint8(self.vae.decode(part).sample, self.rounding) for part in filled.split(UNIT)]
         return np.concatenate(images)[: len(x)]

@@ -15,13 +15,14 @@ def load_function(flag: str, name: str, also: str = "") -> Callable[..., Any]:
     place, _, function_name = name.rpartition(":")
     if not place or not function_name:
         raise UserError(f"{flag} is {shown(name)}, expected {also}MODULE:FUNCTION or FILE.py:FUNCTION")
-    function = getattr(_module(flag, place), function_name, None)
+    function = getattr(load_module(flag, place), function_name, None)
     if not callable(function):
         raise UserError(f"{flag} {name}: {place} has no function {function_name!r}")
     return function
 
 
-def _module(flag: str, place: str) -> ModuleType:
+def load_module(flag: str, place: str) -> ModuleType:
+    """The module of a name, or of a .py file; raises UserError, naming `flag`, where it cannot be had."""
     path = Path(place)
     if path.suffix == ".py" and not path.is_file():
         raise UserError(f"{flag}: {place} does not exist, expected a Python file")

@@ -332,6 +332,10 @@ class SiT(nn.Module):
         join([m.bias for m in linears])
         self.joint_modulation = True
 
+    def compile_blocks(self) -> None:
+        """From here on blocks run compiled: one code for all of a shape."""
+        self.run = torch.compile(self.run, fullgraph=True, dynamic=False)
+
     def _modulation_linears(self) -> list[nn.Linear]:
         sequences = [m.adaLN_modulation for m in (*self.blocks, self.final_layer)]
         return [cast(nn.Linear, s[1]) for s in cast(list[nn.Sequential], sequences)]

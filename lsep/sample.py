@@ -8,7 +8,6 @@ once, and by however many processes.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +17,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lsep import backends, checkpoint
 from lsep.config import BackendConfig, Config, SampleConfig
@@ -119,10 +117,7 @@ def guided(model: SiT, y: Tensor, config: SampleConfig, weak: SiT | None = None)
 
 
 @torch.no_grad()
-def draw(
-    model: SiT, config: Config, labels: Tensor, seed: int, first: int = 0, progress: bool = False,
-    weak: SiT | None = None,
-) -> Tensor:  # fmt: skip
+def draw(model: SiT, config: Config, labels: Tensor, seed: int, first: int = 0, weak: SiT | None = None) -> Tensor:
     """Samples `(N, C, H, W)` float32 for labels `(N,)` on the model's device; image i has index `first + i`.
 
     weak: the model of autoguidance, see `guided`.
@@ -137,8 +132,7 @@ def draw(
     after = -(before + len(labels)) % UNIT
     filled = torch.nn.functional.pad(labels.to(device), (before, after), value=model.null_class)
     parts = []
-    starts = range(0, len(filled), UNIT)
-    for start in tqdm(starts, disable=not (progress and sys.stderr.isatty()), unit="unit"):
+    for start in range(0, len(filled), UNIT):
         y = filled[start : start + UNIT]
         ids = torch.arange(first - before + start, first - before + start + UNIT, device=device)
         x = normal(seed, Stream.SAMPLE, 0, ids, shape).double()
@@ -171,6 +165,16 @@ def to_uint8(x: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
     """
     x = 127.5 * x.float() + (128 if rounding == "nearest" else 127.5)
     return x.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_arrays(x: Tensor, manifest: Manifest, rounding: Rounding = "nearest") -> np.ndarray:
+    """Samples as they are stored: uint8 images `(N, H, W, C)`, or float32 latents `(N, C, H, W)` as a VAE decodes."""
+    return to_uint8(x, rounding) if manifest.kind == "pixels" else latents(x, manifest).cpu().numpy()
+
+
+def latents(x: Tensor, manifest: Manifest) -> Tensor:
+    """From what the model sees to what a VAE decodes."""
+    return x / manifest.scale + manifest.shift
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: int = 48) -> None:

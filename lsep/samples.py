@@ -118,7 +118,7 @@ class Job:
         if request.compile:
             for model in (self.model, self.weak):
                 if model is not None:
-                    model.run = torch.compile(model.run, fullgraph=True, dynamic=False)
+                    model.compile_blocks()
 
     def _load_weak(self, place: str, device: str) -> SiT:
         path, _, step = place.partition("@")
@@ -156,13 +156,13 @@ class Job:
             return [grid, npz]
         self.world.at("the parts of a sampling")
         self.world.on_main(lambda: parts.open(settings))
-        progress = Progress(parts, self.world)
-        for index in range(self.world.rank, parts.count, self.world.size):
-            if parts.whole(index) is None:
-                self.world.at(f"part {index} of a sampling")
-                first, last = parts.range(index)
-                parts.write(index, self._draw(config, first, last))
-                progress.drawn(last - first)
+        todo = [i for i in range(self.world.rank, parts.count, self.world.size) if parts.whole(i) is None]
+        progress = Progress(sum(b - a for a, b in map(parts.range, todo)), self.world)
+        for index in todo:
+            self.world.at(f"part {index} of a sampling")
+            first, last = parts.range(index)
+            parts.write(index, self._draw(config, first, last))
+            progress.drawn(last - first)
         self.world.at("the end of a sampling")
         self.world.barrier()
         self.world.on_main(lambda: self._put_together(parts, npz, grid, out, settings))
@@ -181,9 +181,7 @@ class Job:
         broken = (~x.isfinite()).flatten(1).any(1).nonzero()
         if len(broken):  # as bytes they would look like images
             raise UserError(f"image {first + int(broken[0])} of {self.run.path} is not finite: expected finite weights")
-        if self.manifest.kind == "pixels":
-            return sample.to_uint8(x, self.request.rounding)
-        return self.decoder(x) if self.decoder else (x / self.manifest.scale + self.manifest.shift).cpu().numpy()
+        return self.decoder(x) if self.decoder else sample.to_arrays(x, self.manifest, self.request.rounding)
 
     def _settings(self, config: SampleConfig) -> dict[str, Any]:
         """All that decides about the images."""
@@ -257,10 +255,9 @@ def _identity(run: Run, step: int) -> str:
 class Progress:
     """Images and images/s of all processes on the terminal, from the first one's share."""
 
-    def __init__(self, parts: Parts, here: World) -> None:
-        self.world, self.start, self.images = here, time.perf_counter(), 0
-        mine = range(here.rank, parts.count, here.size)
-        self.todo = sum(b - a for a, b in (parts.range(i) for i in mine if parts.whole(i) is None))
+    def __init__(self, todo: int, here: World) -> None:
+        """todo: images that this process draws."""
+        self.world, self.start, self.images, self.todo = here, time.perf_counter(), 0, todo
 
     def drawn(self, images: int) -> None:
         self.images += images

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsep import backends
+from lsep import backends, checkpoint
 from lsep.checks import check, resolve
 from lsep.config import Config
 from lsep.data import order
@@ -31,7 +31,7 @@ from lsep.optim import Optimizer, bf16_copies, build_optimizer, rate_factor
 from lsep.parallel import OneProcess, Parallel, Replicas, Shards, gathered, shard
 from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
-from lsep.weights.importing import start_from
+from lsep.run import Run
 
 
 @dataclass
@@ -97,7 +97,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
     if begins and config.train.init is not None:
-        start_from(objective, config.train.init)
+        checkpoint.start_from(checkpoint.find(Run.existing(config.train.init).checkpoints, None), objective)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     copies = bf16_copies(objective) if chosen.bf16_weights else None
@@ -130,7 +130,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
 def _compiled(objective: Objective, what: str) -> Callable[..., Losses]:
     """`objective`, or that compiled, or with its blocks compiled: one code for all blocks of a shape."""
     if what == "block":
-        objective.model.run = torch.compile(objective.model.run, fullgraph=True, dynamic=False)
+        objective.model.compile_blocks()
     return torch.compile(objective, fullgraph=True, dynamic=False) if what == "model" else objective
 
 

@@ -4,8 +4,9 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from lsep.config import PRESETS, Config, differences, flat, from_dict, override, preset
+from lsep.config import PRESETS, Config, flat, from_dict, override, preset
 from lsep.errors import UserError
+from lsep.run import differences
 
 CONTRACT = (
     "train.steps train.batch_size train.seed train.log_every train.checkpoint_every probe.branch probe.extra_fraction "

@@ -26,7 +26,7 @@ from lsep.run import Run
 from lsep.step import setup
 from lsep.train import train
 from lsep.weights.exporting import export, sit_state
-from lsep.weights.importing import Given, import_weights, start_from
+from lsep.weights.importing import Given, import_weights
 
 DEPTH, WIDTH, HEADS, PATCH, CHANNELS, GRID, CLASSES = 2, 64, 2, 2, 3, 4, 5
 SIT = Given(form="sit", num_heads=HEADS, kind="samples", scale=0.5)
@@ -266,7 +266,7 @@ def test_a_larger_grid_is_made_anew(imported: Path) -> None:
     config = resolve(tiny(model__hidden_size=WIDTH, model__depth=DEPTH), manifest)
     objective = Objective(config, manifest)
     own = objective.model.pos_embed.clone()
-    start_from(objective, str(imported))
+    checkpoint.start_from(checkpoint.find(Run(imported).checkpoints, None), objective)
     assert own.shape[1] == 64 and torch.equal(objective.model.pos_embed, own)
 
 

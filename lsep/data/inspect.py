@@ -150,7 +150,7 @@ def picture(path: str, file: Path, vae: str | None = None, rows: int = 16) -> No
     """A PNG of `rows` samples spread over the store: pixels, latents through a VAE, or a preview of their channels."""
     import torch
 
-    from lsep.sample import save_grid, to_images
+    from lsep.sample import save_grid, to_images, to_uint8
 
     store = Store(path)
     m = store.manifest
@@ -164,8 +164,7 @@ def picture(path: str, file: Path, vae: str | None = None, rows: int = 16) -> No
         from lsep.data.encode import load_vae
 
         with torch.no_grad():
-            decoded = load_vae(vae).decode(x).sample
-        images = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            images = to_uint8(load_vae(vae).decode(x).sample)
     save_grid(images, file)
 
 

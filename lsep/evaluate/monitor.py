@@ -97,10 +97,7 @@ class Monitor:
     def _draw(self, model: SiT, first: int, last: int) -> np.ndarray:
         config, manifest = self.state.config, self.state.source.manifest
         labels = sample.grid_labels(config.evaluate.num, manifest.num_classes)[first:last]
-        x = sample.draw(model, config, labels, config.train.seed, first)
-        if manifest.kind == "pixels":
-            return sample.to_images(x, manifest)
-        return (x / manifest.scale + manifest.shift).cpu().numpy()
+        return sample.to_arrays(sample.draw(model, config, labels, config.train.seed, first), manifest)
 
     def _moments(self, count: int, batch: Callable[[int, int], np.ndarray], place: str) -> Moments:
         """Of `count` images, of which `batch(first, last)` gives some, over all processes."""

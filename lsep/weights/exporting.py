@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,6 @@ from lsep.errors import UserError
 from lsep.run import Run
 from lsep.weights import card, diffusers_dit
 from lsep.weights.convention import TIME, flip_time
-from lsep.weights.importing import described
 from lsep.weights.read import Tensors
 
 Format = Literal["safetensors", "sit", "diffusers"]
@@ -77,7 +77,7 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: i
             "format": "lsep",
             "version": __version__,
             "step": str(step),
-            "config": json.dumps(described(config)),
+            "config": json.dumps({k: v for k, v in asdict(config).items() if k not in ("backend", "dist")}),
         }
         save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
         return [f"predicts {config.interpolant.prediction}; t = 1 is noise, {path}"]

@@ -3,13 +3,12 @@
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from lsep import checkpoint, shards
 from lsep.checkpoint import Checkpoints, Progress
 from lsep.checks import check
 from lsep.config import Config
@@ -81,6 +80,7 @@ def import_weights(path: Path, out: Path, given: Given) -> list[str]:
 
 
 def _objective(config: Config, manifest: Manifest, found: Foreign, where: str) -> Objective:
+    """The weights in a module, to be saved; it cannot run: what no checkpoint holds stays on the meta device."""
     with torch.device("meta"):
         objective = Objective(config, manifest)
     wanted = {k.removeprefix("model."): v for k, v in objective.state_dict().items()}
@@ -95,12 +95,7 @@ def _objective(config: Config, manifest: Manifest, found: Foreign, where: str) -
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} holds values that are not finite")
     objective.load_state_dict(tensors, assign=True)
-    # A buffer that no file holds.
-    objective.model.t_embedder = type(objective.model.t_embedder)(config.model.hidden_size)
-    objective.model.t_embedder.load_state_dict({
-        k.removeprefix("t_embedder."): v for k, v in found.tensors.items() if k.startswith("t_embedder.")
-    })  # fmt: skip
-    return objective.eval().requires_grad_(False)
+    return objective
 
 
 def _manifest(config: Config, found: Foreign, path: Path, given: Given) -> Manifest:
@@ -122,39 +117,3 @@ def _left(found: Foreign, given: Given) -> list[str]:
         names = ", ".join(sorted(found.projectors))
         said.append(f"REPA's projectors are {f'in {PROJECTORS}' if given.keep_projectors else 'left out'}: {names}")
     return said
-
-
-def start_from(objective: Objective, path: str) -> None:
-    """Fill `objective` with the averaged weights of the run at `path` (`--train.init`).
-
-    The positional grid is the objective's own, whatever its size; a classifier that does not fit, or is missing, stays
-    as initialised. Raises UserError where the backbones differ.
-    """
-    folder = checkpoint.find(Run.existing(path).checkpoints, None)
-    for problem in shards.problems(folder, ("ema",)):
-        raise UserError(problem)
-    given = checkpoint.read_tensors(folder, "ema")
-    own = {k: v for k, v in objective.state_dict().items() if k != "model.pos_embed"}
-    taken = {}
-    for name, tensor in own.items():
-        found = given.get(name.removeprefix("model."))
-        if found is not None and found.shape == tensor.shape:
-            taken[name] = found
-        elif not name.startswith("classifier."):
-            has = "none" if found is None else str(tuple(found.shape))
-            short, here = name.removeprefix("model."), tuple(tensor.shape)
-            raise UserError(f"--train.init {path}: {short} is {has} there and {here} in this configuration")
-    unknown = sorted(k for k in given if f"model.{k}" not in own and k not in own and not _is_extra(k))
-    if unknown:
-        raise UserError(f"--train.init {path}: {unknown[0]} is there and not in this configuration's model")
-    objective.load_state_dict(taken, strict=False)
-
-
-def _is_extra(name: str) -> bool:
-    """What a new run need not take over."""
-    return name == "pos_embed" or name.startswith(("classifier.", "projectors."))
-
-
-def described(config: Config) -> dict[str, object]:
-    """The configuration's sections as JSON holds them, without those about the machine."""
-    return {k: v for k, v in asdict(config).items() if k not in ("backend", "dist")}
