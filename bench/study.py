@@ -85,7 +85,7 @@ def machine() -> str:
 
 
 SIZES = {
-    ("digits", "cpu"): Sizes({"train.steps": 600}, points=3, samples=2000, samples_on_the_way=1000, probed=1500),
+    ("digits", "cpu"): Sizes({"train.steps": 600}, points=3, samples=1000, samples_on_the_way=500, probed=1500),
     ("cifar10", "cpu"): Sizes(
         {"model.depth": 6, "model.hidden_size": 96, "model.num_heads": 4, "model.patch_size": 4, "probe.depth": 2,
          "probe.window_min": 6, "optim.lr": 2e-3, "train.steps": 1500, "train.batch_size": 64},
