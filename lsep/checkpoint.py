@@ -317,21 +317,22 @@ def load_weights(path: Path, part: str, objective: Objective) -> None:
 def start_from(path: Path, objective: Objective) -> None:
     """Fill `objective` with the averaged weights of the checkpoint `path` of another run (`train.init`).
 
-    Positions are the objective's own, whatever its grid; a classifier that does not fit, or is missing, stays as
-    initialised. Raises UserError where the checkpoint is damaged or the backbones differ.
+    Positions are the objective's own, whatever its grid; a classifier or projector that does not fit, or is missing,
+    stays as initialised. Raises UserError where the checkpoint is damaged or the backbones differ.
     """
     for problem in shards.problems(path, ("ema",)):
         raise UserError(problem)
     found, taken = shards.describe(path, ("ema",)), {}
+    heads = ("ema.classifier.", "ema.projectors.")
     own = {f"ema.{name}": tensor for name, tensor in weights(objective).items() if name != "pos_embed"}
     for name, tensor in own.items():
         there = found.pop(name, None)
         if there is not None and there.shape == tensor.shape:
             taken[name] = tensor
-        elif not name.startswith("ema.classifier."):
+        elif not name.startswith(heads):
             has, here = "none" if there is None else str(tuple(there.shape)), tuple(tensor.shape)
             raise UserError(f"--train.init: {name[4:]} is {has} there and {here} in this configuration ({path})")
-    unknown = sorted(found.keys() - {"ema.pos_embed"} - {n for n in found if n.startswith("ema.classifier.")})
+    unknown = sorted(found.keys() - {"ema.pos_embed"} - {n for n in found if n.startswith(heads)})
     if unknown:
         raise UserError(f"--train.init: {unknown[0][4:]} is there and not in this configuration's model ({path})")
     _read(path, taken)

@@ -13,11 +13,12 @@ from lsep.errors import UserError, shown
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
     "probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps train.batch_size train.log_every "
-    "train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size evaluate.num"
+    "train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size evaluate.num "
+    "align.depth align.projector_dim"
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
-    "train.keep_last train.keep_every train.sample_every train.eval_every train.overhead_rounds sample.cfg"
+    "train.keep_last train.keep_every train.sample_every train.eval_every train.overhead_rounds sample.cfg align.weight"
 ).split()
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()
@@ -69,6 +70,32 @@ def check(config: Config) -> None:
     )
     if config.probe.enabled:
         _check_probe(config)
+    _check_align(config)
+
+
+def _check_align(config: Config) -> None:
+    a = config.align
+    _require(
+        a.encoder is None or a.features is None,
+        f"--align.encoder is {shown(a.encoder)} and --align.features {shown(a.features)}, expected one of them",
+    )
+    for name in ("images", "image_size", "size"):
+        value = getattr(a, name)
+        _require(
+            value is None or a.encoder is not None,
+            f"{_flag('align.' + name)} is {shown(value)} without --align.encoder, which it is for",
+        )
+    _require(
+        a.image_size is None or a.images is not None,
+        f"--align.image-size is {a.image_size} without --align.images, which it is for",
+    )
+    for name in ("image_size", "size", "width"):
+        value = getattr(a, name)
+        _require(value is None or value >= 1, f"{_flag('align.' + name)} is {value}, expected None or at least 1")
+    _require(
+        not a.enabled or a.depth <= config.model.depth,
+        f"--align.depth is {a.depth}, expected at most the model's {config.model.depth} blocks",
+    )
 
 
 def _check_probe(config: Config) -> None:
@@ -143,3 +170,17 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         )
         config = replace(config, probe=replace(p, window_max=largest))
     return config
+
+
+def resolve_align(config: Config, tokens: tuple[int, int] | None) -> Config:
+    """Fill the width of an encoder's tokens; `tokens` is their width and number, None without alignment."""
+    if tokens is None:
+        return config
+    width, count = tokens
+    a = config.align
+    _require(a.width in (None, width), f"--align.width is {a.width}, but the encoder's tokens have {width}")
+    _require(
+        count == config.grid**2,
+        f"--align.features has {count} tokens an image, expected {config.grid**2} as the model",
+    )
+    return replace(config, align=replace(a, width=width))

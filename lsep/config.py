@@ -95,6 +95,37 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class AlignConfig:
+    """REPA: tokens of the main pass are drawn to those of a frozen image encoder (arXiv 2410.06940).
+
+    It is on where `encoder` or `features` is given, with or without the probe.
+    """
+
+    encoder: str | None = None
+    """transformers id or folder of a vision transformer (DINOv2, ...), run on the images of every batch."""
+    features: str | None = None
+    """Instead of an encoder: a store of its tokens (lsep data features)."""
+    images: str | None = None
+    """Folder of the images whose latents train, for the encoder; not needed where the data itself is images."""
+    image_size: int | None = None
+    """Side to which these images are resized and cropped, in pixels; None is 8 a latent pixel."""
+    size: int | None = None
+    """Side of the encoder's input, in pixels; None gives it one patch a token."""
+    depth: int = 8
+    """The tokens after this block are aligned, counted from 1."""
+    weight: float = 0.5
+    """Weight of the loss, one minus the cosine."""
+    projector_dim: int = 2048
+    """Hidden width of the projector, an MLP of three layers from the model's tokens to the encoder's."""
+    width: int | None = None
+    """Width of the encoder's tokens; None takes the encoder's."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.encoder is not None or self.features is not None
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, gradient clipping, schedule and EMA."""
 
@@ -264,6 +295,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     interpolant: InterpolantConfig = field(default_factory=InterpolantConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

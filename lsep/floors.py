@@ -17,7 +17,8 @@ from lsep.plan import BranchPlan, branch_plan
 
 _ROOM_OF_PART = {
     "modulation": "adaLN", "qkv": "attention", "attention": "attention", "proj": "attention", "fc1": "MLP",
-    "fc2": "MLP", "pooling": "probe", "probe head": "probe", "embedding": "other", "final layer": "other",
+    "fc2": "MLP", "pooling": "probe", "probe head": "probe", "projector": "align",
+    "embedding": "other", "final layer": "other",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ and the optimizer are no products and count 0.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from lsep.config import Config
@@ -51,7 +52,8 @@ def parts(config: Config, plan: BranchPlan, probe_classes: int) -> dict[str, Flo
     """FLOPs of one micro-batch by part, those of the extra rows under names of their own; together, the whole.
 
     `config` must be resolved; `probe_classes` is the manifest's. Parts: embedding, modulation, qkv, attention, proj,
-    fc1, fc2, final layer, and with a probe pooling and probe head; `second pass: ` and modulation to fc2.
+    fc1, fc2, final layer, and with a probe pooling and probe head; `second pass: ` and modulation to fc2; with
+    alignment projector, but not the encoder.
     """
     found: dict[str, Flops] = {}
     for product in _products(config, plan, probe_classes):
@@ -108,6 +110,11 @@ def _products(config: Config, plan: BranchPlan, probe_classes: int) -> Iterator[
     yield from _block(config, rows, m.depth)
     yield Product("modulation", rows, width, 2 * width)  # of the final layer
     yield Product("final layer", rows * tokens, width, patch)
+    if config.align.enabled:
+        sizes = (width, config.align.projector_dim, config.align.projector_dim, config.align.width)
+        for inner, columns in pairwise(sizes):
+            assert inner is not None and columns is not None
+            yield Product("projector", rows * tokens, inner, columns)
     if plan.probe:
         yield from _second_pass(config, plan)
         # Of the samples without a second pass the probe reads the main pass.

@@ -48,11 +48,11 @@ class Graphs:
             graph.steps += 1
             return self.warm_up(lambda: self.compute(probe, batches))
         if graph.replay is None:
-            graph.batches = own = [Batch(*(t.clone() for t in batch)) for batch in batches]
+            graph.batches = own = [batch.clone() for batch in batches]
             graph.replay = self.capture(lambda: self.compute(probe, own))
         assert graph.batches is not None
         for own_batch, batch in zip(graph.batches, batches, strict=True):
-            torch._foreach_copy_(list(own_batch), list(batch))
+            torch._foreach_copy_(own_batch.tensors(), batch.tensors())
         return graph.replay().clone()  # the next replay writes over it
 
     def warm_up(self, call: Replay) -> Tensor:

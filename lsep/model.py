@@ -201,6 +201,26 @@ class FinalLayer(nn.Module):
         return self.linear(plain(h))
 
 
+class Aligned(NamedTuple):
+    """What a pass gives whose tokens are aligned."""
+
+    patches: Tensor
+    """The prediction `(N, T, p p C)`."""
+    features: Tensor | None
+    """The probe's `(N, D)` float32, where there was a second pass to ask for."""
+    tokens: Tensor
+    """The main pass's after a block `(N, T, D)`."""
+
+
+class Second(NamedTuple):
+    """The probe's part of a joint pass, see `SiT.forward_with_probe`."""
+
+    extra_y: Tensor
+    depth: int
+    window: Tensor
+    pool_before_fc2: bool = True
+
+
 class SiT(nn.Module):
     """Velocity field v(x_t, t, y) of a class-conditional flow transformer."""
 
@@ -232,17 +252,7 @@ class SiT(nn.Module):
 
     def patches(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction (v, or e or x) as patches `(N, T, p p C)`, see `unpatchify`."""
-        with span("embedding"):
-            c = self.t_embedder(t) + self.y_embedder(y)
-            x = self._tokens(x)
-        with span("adaLN"):
-            modulations, following = self._modulations(c, c, 0)
-            h = self.ops.norm_modulate(x, *modulations[0][:2])
-        for i, block in enumerate(self.blocks):
-            with span("block", i + 1):
-                x, h = self.run(block, x, h, modulations[i], following[i])
-        with span("final layer"):
-            return self.final_layer(h)
+        return self._pass(x, t, y)[0]
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """The stream `(N, T, D)` after each block of `depths`, counted from 1; blocks behind the last do not run."""
@@ -268,32 +278,52 @@ class SiT(nn.Module):
 
         window `(N, T)` holds each sample's pooling weights. Returns `(N, T, p p C)` and `(N, D)` float32.
         """
-        keep, extra = len(x) - len(extra_y), len(extra_y)
+        patches, features, _ = self._pass(x, t, y, Second(extra_y, depth, window, pool_before_fc2))
+        assert features is not None
+        return patches, features
+
+    def forward_aligned(self, x: Tensor, t: Tensor, y: Tensor, tokens_at: int, second: Second | None = None) -> Aligned:
+        """`patches`, or with `second` what `forward_with_probe` gives, and the tokens of block `tokens_at`."""
+        patches, features, tokens = self._pass(x, t, y, second, tokens_at)
+        assert tokens is not None
+        return Aligned(patches, features, tokens)
+
+    def _pass(
+        self, x: Tensor, t: Tensor, y: Tensor, second: Second | None = None, tokens_at: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Patches, the probe's features with `second`, and the main rows' tokens after block `tokens_at`, if not 0."""
+        rows, depth = len(x), second.depth if second else 0
+        extra = len(second.extra_y) if second else 0
+        keep = rows - extra
         with span("embedding"):
             t_emb = self.t_embedder(t)
             c = t_emb + self.y_embedder(y)
             x, joint = self._tokens(x), c
-            if extra:
-                x, joint = torch.cat([x, x[keep:]]), torch.cat([c, t_emb[keep:] + self.y_embedder(extra_y)])
+            if second and extra:
+                x, joint = torch.cat([x, x[keep:]]), torch.cat([c, t_emb[keep:] + self.y_embedder(second.extra_y)])
         with span("adaLN"):
             modulations, following = self._modulations(c, joint, depth)
             h = self.ops.norm_modulate(x, *modulations[0][:2])
-        features = []
+        features, tokens = [], None
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
+            probed = second if i == depth - 1 else None
             with span("block", i + 1):
-                if i == depth - 1 and extra:
+                if probed and extra:
+                    window, pool_first = probed.window[keep:], probed.pool_before_fc2
                     x, h, extra_features = self.run(
-                        block.forward_probed, x, h, modulations[i], following[i], window[keep:], pool_before_fc2
+                        block.forward_probed, x, h, modulations[i], following[i], window, pool_first
                     )
                     features.append(extra_features)
                 else:
                     x, h = self.run(block, x, h, modulations[i], following[i])
-            if i == depth - 1 and keep:
+            if probed and keep:
                 with span("probe"):
-                    features.insert(0, self.ops.pool(x[:keep], window[:keep]))
+                    features.insert(0, self.ops.pool(x[:keep], probed.window[:keep]))
+            if i == tokens_at - 1:
+                tokens = x if len(x) == rows else x[:rows]
         with span("final layer"):
-            return self.final_layer(h), torch.cat(features)
+            return self.final_layer(h), torch.cat(features) if second else None, tokens
 
     def _modulations(
         self, c: Tensor, joint: Tensor, depth: int

@@ -1,6 +1,7 @@
 """The whole training objective as one module: rows in, loss and statistics out, one graph, no host sync.
 
-Denoising loss plus the LSEP term, with the backbone and the probe's classifier as its parameters.
+Denoising loss plus the LSEP term and, where tokens are aligned, REPA's; with the backbone, the probe's classifier and
+the projector as its parameters.
 """
 
 from typing import NamedTuple
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lsep import interpolant, probe
+from lsep.align import align_loss, build_projector, initialize_projector
 from lsep.config import Config
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
 from lsep.interpolant import Stream
-from lsep.model import SiT
+from lsep.model import Second, SiT
 from lsep.plan import BranchPlan
 from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
@@ -24,12 +26,16 @@ TIME_BINS = 10
 
 
 class Losses(NamedTuple):
-    """Scalars on the device, and the probe's hits and counts over unlabelled samples by bin of t, `(2, TIME_BINS)`."""
+    """Scalars on the device, and the probe's hits and counts over unlabelled samples by bin of t, `(2, TIME_BINS)`.
+
+    total is the sum of the others, which count with their weights and are 0 where they are off.
+    """
 
     total: Tensor
     denoising: Tensor
     lsep: Tensor
     hits: Tensor
+    align: Tensor
 
 
 class Objective(nn.Module):
@@ -43,6 +49,10 @@ class Objective(nn.Module):
         self.classifier = (
             probe.build_classifier(config.model.hidden_size, manifest.probe_classes) if config.probe.enabled else None
         )
+        align = config.align
+        self.projectors = (  # a list of one, as in REPA's weights
+            nn.ModuleList([build_projector(align, config.model.hidden_size)]) if align.enabled else None
+        )
 
     def initialize(self, seed: int) -> None:
         """Fill all weights from `seed`, independently of the global random state."""
@@ -50,6 +60,9 @@ class Objective(nn.Module):
         self.model.initialize(generator)
         if self.classifier is not None:
             probe.initialize_classifier(self.classifier, generator)
+        for projector in self.projectors or ():
+            assert isinstance(projector, nn.Sequential)
+            initialize_projector(projector, generator)
 
     def forward(self, batch: Batch, plan: BranchPlan, step: Tensor, epoch: Tensor) -> Losses:
         """Losses of one micro-batch; `step` and `epoch` are int64 scalars on the device."""
@@ -60,14 +73,15 @@ class Objective(nn.Module):
             )
         if not plan.probe:
             y = self._drop_first(batch.y, plan.null)
-            wanted = interpolant.target(config.interpolant, noised)
-            denoising = self._denoising(self.model.patches(noised.x_t, noised.t, y), wanted)
+            patches, _, align = self._predicted(noised, y, None, batch.tokens)
+            denoising = self._denoising(patches, interpolant.target(config.interpolant, noised))
             zero = torch.zeros_like(denoising)
-            return Losses(denoising, denoising, zero, torch.zeros(2, TIME_BINS, device=zero.device))
+            hits = torch.zeros(2, TIME_BINS, device=zero.device)
+            return Losses(denoising + align, denoising.detach(), zero, hits, align.detach())
         with span("probe"):
             y, extra_y, unlabelled = self.label_states(batch, plan, epoch)
             window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id)
-        return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch)
+        return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch, batch.tokens)
 
     def label_states(self, batch: Batch, plan: BranchPlan, epoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Main labels `(B,)`, labels of the second pass `(extra,)`, and what the probe sees unlabelled `(B,)`."""
@@ -98,13 +112,14 @@ class Objective(nn.Module):
         probe_y: Tensor,
         window: Tensor,
         epoch: Tensor,
+        tokens: Tensor | None = None,
     ) -> Losses:
-        """Both losses for given noise, label states and windows."""
+        """All losses for given noise, label states, windows and, to be aligned with, an encoder's tokens."""
         config = self.config.probe
         assert self.classifier is not None
-        patches, features = self.model.forward_with_probe(
-            noised.x_t, noised.t, y, extra_y, config.depth, window, config.pool_before_fc2
-        )
+        second = Second(extra_y, config.depth, window, config.pool_before_fc2)
+        patches, features, align = self._predicted(noised, y, second, tokens)
+        assert features is not None
         with span("probe"):
             weight = torch.where(unlabelled, plan.null_weight, plan.labelled_weight)
             weight = weight * probe.time_weights(config, noised.t)
@@ -117,7 +132,24 @@ class Objective(nn.Module):
             lsep = lsep * probe.epoch_factor(config, epoch)
             hits = _hits(hit, unlabelled, noised.t)
         denoising = self._denoising(patches, interpolant.target(self.config.interpolant, noised))
-        return Losses(denoising + lsep, denoising.detach(), lsep.detach(), hits)
+        return Losses(denoising + lsep + align, denoising.detach(), lsep.detach(), hits, align.detach())
+
+    def _predicted(
+        self, noised: interpolant.Noised, y: Tensor, second: Second | None, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The prediction as patches, the probe's features with `second`, and the loss of alignment (0 without)."""
+        model, config = self.model, self.config.align
+        if self.projectors is not None:
+            assert tokens is not None, "alignment without an encoder's tokens"
+            found = model.forward_aligned(noised.x_t, noised.t, y, config.depth, second)
+            with span("align"):
+                align = config.weight * align_loss(self.projectors[0](found.tokens), tokens)
+            return found.patches, found.features, align
+        zero = torch.zeros((), device=noised.t.device)
+        if second is None:
+            return model.patches(noised.x_t, noised.t, y), None, zero
+        patches, features = model.forward_with_probe(noised.x_t, noised.t, y, *second)
+        return patches, features, zero
 
     def _denoising(self, patches: Tensor, v: Tensor) -> Tensor:
         with span("losses"):

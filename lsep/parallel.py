@@ -116,7 +116,7 @@ def shard(objective: Objective, world: World, compute: torch.dtype | None, reduc
         fully_shard(block, mesh=world.mesh, mp_policy=policy)
         register_fsdp_forward_method(block, "forward_probed")
     fully_shard(model, mesh=world.mesh, mp_policy=policy)
-    for method in ("patches", "forward_with_probe"):
+    for method in ("patches", "forward_with_probe", "forward_aligned"):
         register_fsdp_forward_method(model, method)
     fully_shard(objective, mesh=world.mesh, mp_policy=policy)
 

@@ -121,9 +121,11 @@ def _curves(metrics: list[dict[str, Any]]) -> list[str]:
     if any(m.get("gpu_seconds") for m in metrics):
         axes["GPU seconds"] = "gpu_seconds"
     losses = {
-        name: [m[name] for m in metrics]
-        for name in ("loss", "denoising", "lsep")
-        if any(m["lsep"] for m in metrics) or name == "denoising"
+        name: [m.get(name, 0.0) for m in metrics]
+        for name in ("loss", "denoising", "lsep", "align")
+        if any(m.get("lsep" if name == "lsep" else "align") for m in metrics)
+        or name == "denoising"
+        or (name == "loss" and any(m["lsep"] for m in metrics))
     }
     out = ["<h2>Training</h2><div class=curves>"]
     # Against time too: a method that learns more a step may learn less a second.

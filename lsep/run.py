@@ -21,10 +21,10 @@ from lsep.errors import UserError, one_line, shown, told
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
-    "data.path", "data.loader", "data.threads", "data.prefetch", "data.crc", "train.log_every", "train.memory",
-    "train.weights", "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last",
-    "train.keep_every", "train.sample_every", "train.eval_every", "train.overhead_rounds", "train.wandb",
-    "train.max_skipped", "train.on_spike", "train.init", "train.spike_factor",
+    "data.path", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch", "data.crc",
+    "train.log_every", "train.memory", "train.weights", "train.fp8", "train.compile", "train.graphs",
+    "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every", "train.eval_every",
+    "train.overhead_rounds", "train.wandb", "train.max_skipped", "train.on_spike", "train.init", "train.spike_factor",
 }  # fmt: skip
 
 
@@ -50,6 +50,8 @@ class Run:
         self.samples = self.path / "samples"
         self.report_file = self.path / "report.html"
         self.lock_file = self.path / "lock"
+        self.projectors_file = self.path / "projectors.safetensors"
+        """REPA's, of an import that kept them; `train.init` takes them for a run that aligns."""
 
     @classmethod
     def existing(cls, path: str | Path) -> "Run":

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lsep import backends, checkpoint
-from lsep.checks import check, resolve
+from lsep.align import take_projectors
+from lsep.checks import check, resolve, resolve_align
 from lsep.config import Config
 from lsep.data import order
 from lsep.data.loader import Batch, Loader, open_source
-from lsep.data.manifest import Source
 from lsep.data.reader import Sequence
+from lsep.data.store import Store
 from lsep.dist import World
 from lsep.errors import UserError
 from lsep.graphs import Graphs
@@ -32,6 +33,7 @@ from lsep.parallel import OneProcess, Parallel, Replicas, Shards, gathered, shar
 from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
 from lsep.run import Run
+from lsep.teacher import Teacher, open_teacher
 
 
 @dataclass
@@ -39,7 +41,8 @@ class State:
     """What a step needs."""
 
     config: Config
-    source: Source
+    source: Store
+    teacher: Teacher
     world: World
     objective: Objective
     learning: Objective
@@ -93,11 +96,16 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
         precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
         config = replace(config, train=replace(config.train, precision=precision))
+    teacher = open_teacher(config, source, device)
+    config = resolve_align(config, teacher.shape)
     chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
     if begins and config.train.init is not None:
-        checkpoint.start_from(checkpoint.find(Run.existing(config.train.init).checkpoints, None), objective)
+        run = Run.existing(config.train.init)
+        checkpoint.start_from(checkpoint.find(run.checkpoints, None), objective)
+        if objective.projectors is not None:
+            take_projectors(objective.projectors, run.projectors_file)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     copies = bf16_copies(objective) if chosen.bf16_weights else None
@@ -114,6 +122,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     return State(
         config=config,
         source=source,
+        teacher=teacher,
         world=world,
         objective=objective,
         learning=learning,
@@ -172,9 +181,12 @@ def open_loader(state: State, first: int, last: int) -> Loader:
     train, data, world = state.config.train, state.config.data, state.world
     sequence = Sequence(
         state.source, train.seed, train.batch_size, state.config.optim.accumulate, first + state.offset,
-        last + state.offset, data.on_corrupt == "skip", world.rank, world.size,
+        last + state.offset, data.on_corrupt == "skip", world.rank, world.size, state.teacher.features,
+        state.teacher.images,
     )  # fmt: skip
-    return Loader(sequence, data, state.device)
+    assert state.config.model.input_size is not None
+    image_size = state.config.align.image_size or 8 * state.config.model.input_size
+    return Loader(sequence, data, state.device, state.teacher.encoder, image_size)
 
 
 def train_step(state: State, step: int, batches: list[Batch], probe: bool | None = None) -> Tensor:
@@ -204,9 +216,9 @@ def compute_step(
 ) -> Tensor:
     """Losses, gradients and update; the host decides nothing in here but by its arguments.
 
-    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, 0) on the device, see `Losses`, of
-    this process's samples, and the norm of all; for a step that was skipped, because its gradient is not finite, zeros
-    and a 1.
+    Returns (denoising, lsep, gradient norm, hits by bin of t, counts by bin of t, align, 0) on the device, see
+    `Losses`, of this process's samples, and the norm of all; for a step that was skipped, because its gradient is not
+    finite, zeros and a 1.
     """
     statistics = []
     for i, (plan, batch) in enumerate(zip(plans[probe], batches, strict=True), 1):
@@ -216,7 +228,7 @@ def compute_step(
             with span("backward"):
                 (losses.total / len(batches)).backward()
         means = torch.stack([losses.denoising, losses.lsep]) / len(batches)
-        statistics.append(torch.cat([means, losses.hits.flatten()]))
+        statistics.append(torch.cat([means, losses.hits.flatten(), losses.align[None] / len(batches)]))
     with span("optimizer"):
         parallel.finish()
         norm = optimizer.step()

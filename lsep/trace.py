@@ -21,6 +21,7 @@ ROOMS = (
     "MLP",
     "adaLN",
     "probe",
+    "align",
     "interpolant",
     "losses",
     "optimizer",
@@ -31,7 +32,9 @@ ROOMS = (
 )
 """In the order of the table. compiled: what is in a graph and has no telling name; idle: of a GPU."""
 
-_ROOM_OF_RANGE = {r: r for r in ("attention", "MLP", "adaLN", "probe", "interpolant", "losses", "optimizer", "data")}
+_ROOM_OF_RANGE = {
+    r: r for r in ("attention", "MLP", "adaLN", "probe", "align", "interpolant", "losses", "optimizer", "data")
+}
 _ROOM_OF_RANGE |= {"embedding": "other", "final layer": "other"}
 _ROOM_OF_NAME = [
     (re.compile(pattern, re.IGNORECASE), room)

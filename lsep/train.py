@@ -197,7 +197,7 @@ class _Training:
                     self.draw_grid(step)
             if stop:
                 agreement.close()
-                return _Outcome(step, [Batch(*(t.clone() for t in batch)) for batch in batches], signum)
+                return _Outcome(step, [batch.clone() for batch in batches], signum)
             world.at(f"the data of step {step + 1}")
         return _Outcome(step, [])
 

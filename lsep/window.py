@@ -97,8 +97,9 @@ class Window:
         self.skipped_in_a_row = int(longest)
         self.longest = self.row.clone()
         done = count - int(skipped)
-        denoising, lsep, norm = (v / done if done else None for v in values[:3])
-        hits, counts = values[3 : 3 + TIME_BINS], values[3 + TIME_BINS :]
+        denoising, lsep, norm, align = (v / done if done else None for v in (*values[:3], values[-1]))
+        hits, counts = values[3 : 3 + TIME_BINS], values[3 + TIME_BINS : -1]
+        parts = [v for v in (denoising, lsep, align) if v is not None]
         seconds = clock.seconds
         line = {
             "step": step,
@@ -106,9 +107,10 @@ class Window:
             "images": step * config.train.batch_size,
             "seconds": round(seconds, 3),
             "gpu_seconds": round(gpu_seconds * world.size, 3) if clock.cuda else None,
-            "loss": None if denoising is None or lsep is None else denoising + lsep,
+            "loss": sum(parts) if parts else None,
             "denoising": denoising,
             "lsep": lsep,
+            "align": align,
             "grad_norm": norm,
             "skipped_steps": int(skipped),
             "lr": config.optim.lr * rate_factor(step - 1, config.optim, config.train.steps),

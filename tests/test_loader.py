@@ -42,7 +42,7 @@ def load(path: Path, kind: str, first: int = 0, last: int = 11, accumulate: int 
     config = DataConfig(path=str(path), loader=kind, **data)  # type: ignore[arg-type]
     skip = config.on_corrupt == "skip"
     loader = Loader(Sequence(open_source(config), 3, 12, accumulate, first, last, skip), config, CPU)
-    return [[tuple(p.clone() for p in b) for b in step] for step in loader], loader.skipped
+    return [[tuple(b.clone().tensors()) for b in step] for step in loader], loader.skipped
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -113,7 +113,7 @@ def plan_gradients(objective: Objective, plan: BranchPlan, draws: int) -> torch.
     for draw in range(draws):
         # A batch comes in random order; the paper's labels are drawn anew each epoch.
         order = torch.randperm(10, generator=torch.Generator().manual_seed(draw))
-        shuffled = type(batch)(*(part[order] for part in batch))
+        shuffled = type(batch)(*(part[order] for part in batch.tensors()))
         y, extra_y, unlabelled = objective.label_states(shuffled, plan, torch.tensor(draw))
         losses = objective.losses(
             type(noised)(*(part[order] for part in noised)),

@@ -33,6 +33,32 @@ class EncodeArgs:
 
 
 @dataclass(frozen=True)
+class FeaturesArgs:
+    """Flags of `lsep data features`."""
+
+    encoder: str
+    """transformers id or folder of a vision transformer, such as facebook/dinov2-base."""
+    images: Path | None = None
+    """Folder of the images behind latents; not for a store of images."""
+    image_size: int | None = None
+    """Side to which these images are resized and cropped, in pixels; 8 a latent pixel when not given."""
+    size: int | None = None
+    """Side of the encoder's input, in pixels; one patch a token when not given."""
+    patch_size: int = 2
+    """Of the model to be trained; the tokens are as many as its own."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the encoder's matrix products."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type the tokens are stored in."""
+    batch_size: int = 64
+    """Images encoded at once."""
+    shard_rows: int = 4096
+    """Rows of a shard; killed, it goes on after its last whole one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to encode; auto takes a GPU when there is one."""
+
+
+@dataclass(frozen=True)
 class PackArgs:
     """Flags of `lsep data pack`."""
 
@@ -79,6 +105,18 @@ def encode(argv: Args) -> None:
     from lsep.data.encode import encode as run
 
     run(Path(images), Path(out), **vars(args))
+
+
+def features(argv: Args) -> None:
+    """an encoder's tokens of a store's images, for align.features: lsep data features STORE OUT --encoder ID"""
+    (store, out), argv = first_arguments("data features", ("STORE", "OUT"), argv)
+    example = "lsep data features store dinov2 --encoder facebook/dinov2-base --images images"
+    text = f"Write a store of a vision transformer's tokens, row by row those of STORE.\n\nExample: {example}"
+    args: FeaturesArgs = parse(FeaturesArgs, argv, "lsep data features STORE OUT", text)
+    from lsep.data.features import write_features
+
+    write_features(store, Path(out), **vars(args))
+    print(out)
 
 
 def pack(argv: Args) -> None:
@@ -145,14 +183,16 @@ def stage(argv: Args) -> None:
     print(folder)
 
 
-COMMANDS: dict[str, Callable[[Args], None]] = {c.__name__: c for c in (encode, pack, index, check, info, stage)}
+COMMANDS: dict[str, Callable[[Args], None]] = {
+    c.__name__: c for c in (encode, features, pack, index, check, info, stage)
+}
 
 
 def main(argv: Args) -> None:
     """Run one of COMMANDS."""
     if not argv or (wants_help(argv) and argv[0] not in COMMANDS):
         print("usage: lsep data COMMAND ...\n")
-        print("\n".join(f"  {name:7} {command.__doc__}" for name, command in COMMANDS.items()))
+        print("\n".join(f"  {name:8} {command.__doc__}" for name, command in COMMANDS.items()))
         print("\nExample: lsep data pack vae-sd store")
         return
     if argv[0] not in COMMANDS:

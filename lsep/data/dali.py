@@ -4,28 +4,35 @@ DALI brings no reading speed here and does no arithmetic. Its own checkpoints ar
 ranks, so the order stays ours and DALI is fed batch by batch. Without a GPU the pipeline runs on the CPU.
 """
 
+import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsep.data.manifest import Flips
 from lsep.data.reader import HostBatch, Sequence, ring
+from lsep.errors import UserError, told
 
 _QUEUE = 2  # batches DALI holds itself
 
 
-def batches(sequence: Sequence, threads: int, depth: int, device: torch.device) -> Iterator[tuple[Tensor, HostBatch]]:
-    """Micro-batches as x `(rows, *row_shape)` on the device, with their labels and ids still on the host."""
+def batches(
+    sequence: Sequence, threads: int, depth: int, device: torch.device
+) -> Iterator[tuple[list[Tensor], HostBatch]]:
+    """Micro-batches as rows `(rows, *row_shape)` of each set on the device, with their labels and ids still on the
+    host."""
     from nvidia.dali import Pipeline, fn
 
-    manifest, on_gpu = sequence.source.manifest, device.type == "cuda"
-    feed = ring(sequence, threads, depth, lambda: np.empty((sequence.rows, *manifest.row_shape), manifest.dtype))
+    on_gpu, sets = device.type == "cuda", 1 if sequence.features is None else 2
+    feed = ring(sequence, threads, depth, lambda: sequence.buffer(np.empty))
     arrived: deque[HostBatch] = deque()
     failed: list[BaseException] = []
 
-    def collect() -> np.ndarray:
+    def collect() -> list[np.ndarray]:
         try:
             _, host, refill = next(feed)  # usually read already; DALI copies it before it asks again
         except StopIteration:
@@ -35,7 +42,7 @@ def batches(sequence: Sequence, threads: int, depth: int, device: torch.device) 
             raise StopIteration from None
         arrived.append(host)
         refill()
-        return host.x
+        return [part for part in host.rows if part is not None]
 
     pipe = Pipeline(
         batch_size=sequence.rows,
@@ -44,16 +51,71 @@ def batches(sequence: Sequence, threads: int, depth: int, device: torch.device) 
         prefetch_queue_depth=_QUEUE,
     )
     with pipe:
-        x = fn.external_source(source=collect, batch=True)
-        pipe.set_outputs(x.gpu() if on_gpu else x)
+        rows = fn.external_source(source=collect, batch=True, num_outputs=sets)
+        pipe.set_outputs(*(r.gpu() if on_gpu else r for r in rows))
     pipe.build()
     for _ in range(len(sequence)):
         try:
-            (out,) = pipe.run(torch.cuda.current_stream(device)) if on_gpu else pipe.run()
+            out = pipe.run(torch.cuda.current_stream(device)) if on_gpu else pipe.run()
         except StopIteration:
             if failed:
                 raise failed[0] from None
             return
-        tensor = torch.from_dlpack(out.as_tensor())
-        # DALI takes its buffer back at the next run; a step of several micro-batches needs all of them.
-        yield tensor.clone() if sequence.accumulate > 1 else tensor, arrived.popleft()
+        tensors = [torch.from_dlpack(part.as_tensor()) for part in out]
+        # DALI takes its buffers back at the next run; a step of several micro-batches needs all of them.
+        yield [t.clone() for t in tensors] if sequence.accumulate > 1 else tensors, arrived.popleft()
+
+
+class Decoder:
+    """Files of images to squares on the device: on a GPU JPEG is decoded there, elsewhere by DALI's threads."""
+
+    def __init__(self, count: int, size: int, threads: int, device: torch.device) -> None:
+        """Batches of `count` images, resized by their shorter side to `size` pixels and cropped in the middle."""
+        from nvidia.dali import Pipeline, fn, types
+
+        kinds: Any = types
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.pipe = Pipeline(
+            batch_size=count,
+            num_threads=threads,
+            device_id=(device.index or 0) if self.on_gpu else None,
+            # One batch goes in and comes out; on a GPU it is decoded while the step before still runs.
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        with self.pipe:
+            files = fn.external_source(name="files", dtype=kinds.UINT8, ndim=1)
+            images: Any = fn.decoders.image(files, device="mixed" if self.on_gpu else "cpu", output_type=kinds.RGB)
+            images = fn.resize(images, resize_shorter=size, interp_type=kinds.INTERP_CUBIC, antialias=True)
+            images = fn.crop(images, crop=(size, size))
+            self.pipe.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
+        self.pipe.build()
+
+    def __call__(self, files: list[bytes], flips: Flips | None, name: Callable[[int], str]) -> Tensor:
+        """Images `(B, 3, size, size)` uint8, mirrored where `flips` says so; valid until the next call.
+
+        Raises UserError where a file is no image, with its `name(place)`.
+        """
+        self.pipe.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
+        try:
+            (out,) = self.pipe.run(torch.cuda.current_stream(self.device)) if self.on_gpu else self.pipe.run()
+        except RuntimeError as error:
+            bad = next((i for i, file in enumerate(files) if not _is_image(file)), None)
+            what = "an image" if bad is None else name(bad)
+            raise UserError(f"{what}: cannot be decoded, expected an image ({told(error)})") from None
+        images = torch.from_dlpack(out.as_tensor())
+        if flips is None or not flips.any():
+            return images
+        mirrored = torch.from_numpy(flips).to(self.device)[:, None, None, None]
+        return torch.where(mirrored, images.flip(-1), images)
+
+
+def _is_image(file: bytes) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            image.load()
+    except Exception:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
+        return False
+    return True

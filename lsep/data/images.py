@@ -4,6 +4,7 @@ The cut is ADM's: halve with a box filter while the shorter side stays at least 
 a bicubic filter, keep the centre. `load_image` and `center_crop` serve the pixel form and the encoder alike.
 """
 
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,10 +48,15 @@ def list_images(folder: Path) -> tuple[list[Path], Ids, tuple[str, ...]]:
 
 def load_image(path: Path) -> "Image":
     """The image in RGB, as stored (an orientation tag is not applied, as in the published data sets)."""
+    return open_image(path, path)
+
+
+def open_image(path: Path, data: bytes | Path) -> "Image":
+    """As `load_image` from the bytes of the file `path`."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None

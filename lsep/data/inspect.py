@@ -1,14 +1,13 @@
 """Looking at a store: every byte (`problems`), or counts, statistics and a few samples (`describe`, `picture`)."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from lsep.data.manifest import CorruptRow, Flips, Ids, Source
-from lsep.data.shards import Shard, header
+from lsep.data.shards import Shard
 from lsep.data.store import Store, read_manifest
 from lsep.errors import UserError
 
@@ -33,7 +32,7 @@ def problems(path: Path, progress: bool = True) -> Iterator[str]:
         if found != entry.sha256:
             yield f"{shard.path}: sha256 is {found}, expected {entry.sha256} by the manifest"
         try:
-            names = _paths(shard)
+            names = shard.paths()
         except UserError as error:
             names = []
             yield str(error)
@@ -77,21 +76,6 @@ def _whole_or_one_by_one(store: Store, ids: Ids, flip: bool) -> list[Ids]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _paths(shard: Shard) -> list[str]:
-    """Where the rows come from, when the shard says it: its listed files, or the column of image paths."""
-    if shard.entry.layout == "files":
-        return [os.fsdecode(f) for f in shard.files]
-    columns = header(shard.columns_path)
-    if not {"paths", "path_ends"} <= columns.keys():
-        return []
-    data = shard.columns_path.read_bytes()
-    text, ends = (data[columns[n].start : columns[n].end] for n in ("paths", "path_ends"))
-    if columns["path_ends"].dtype != np.int64 or columns["path_ends"].shape != (shard.entry.rows,):
-        raise UserError(f"{shard.columns_path}: path_ends is not int64 ({shard.entry.rows},)")
-    stops = np.frombuffer(ends, np.int64).tolist()
-    return [text[a:b].decode(errors="replace") for a, b in zip([0, *stops[:-1]], stops, strict=True)]
 
 
 def describe(path: str, rows: int = 2048) -> str:

@@ -4,12 +4,13 @@
     dali      the same ring handed to NVIDIA DALI's external source
     resident  the whole set in the device's memory, rows gathered there
 
-A loader has no state of its own: the batch of a step is a function of (seed, step), see `order`.
+A loader has no state of its own: the batch of a step is a function of (seed, step), see `order`. What comes with the
+rows (`paired`) goes the same way: features as rows of a second set, images through DALI's decoder to an encoder.
 """
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +20,17 @@ from torch import Tensor
 from lsep.config import DataConfig
 from lsep.data.digits import open_digits
 from lsep.data.manifest import CorruptRow, Flips, Ids, Rows, Source
-from lsep.data.reader import HostBatch, Sequence, ring
+from lsep.data.reader import Buffer, HostBatch, Sequence, ring
 from lsep.data.store import Store
 from lsep.errors import UserError, one_line, shown
 
+INSTALL = "pip install nvidia-dali-cuda130"
 _SMALL = 64 << 20  # bytes; a larger set is not copied into the host's memory unasked
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the device: x `(B, *row_shape)`, labels y and probe_y and sample ids `(B,)` int64.
+    """A micro-batch on the device: x `(B, *row_shape)`, labels y and probe_y and sample ids `(B,)` int64, and where
+    tokens are aligned an encoder's, `(B, T, E)`.
 
     Valid until the next step's batches are asked for: its memory is used again then.
     """
@@ -36,9 +39,21 @@ class Batch(NamedTuple):
     y: Tensor
     probe_y: Tensor
     id: Tensor
+    tokens: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
+        return [t for t in self if t is not None]
+
+    def clone(self) -> "Batch":
+        return Batch(*(t.clone() for t in self.tensors()))
 
 
-def open_source(config: DataConfig) -> Source:
+Encode = Callable[[Tensor], Tensor]
+"""From images `(B, C, H, W)` uint8 to tokens `(B, T, E)`, both on the device."""
+
+
+def open_source(config: DataConfig) -> Store:
     """The data set at `--data.path`: a store's folder, or `digits`."""
     if config.path is None:
         raise UserError("--data.path is missing, expected the folder of a store (with manifest.json) or 'digits'")
@@ -46,15 +61,28 @@ def open_source(config: DataConfig) -> Source:
         raise UserError(f"--data.path is {shown(config.path)}, expected a path in one line")
     if config.path == "digits":
         return open_digits()
-    return Store(config.path, check_rows=config.crc)
+    store = Store(config.path, check_rows=config.crc)
+    if store.manifest.kind == "features":
+        raise UserError(f"--data.path {config.path}: a store of features, expected images or latents")
+    return store
 
 
 class Loader:
     """Iterates over steps, each a list of micro-batches; `skipped` counts the damaged rows replaced so far."""
 
-    def __init__(self, sequence: Sequence, config: DataConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        config: DataConfig,
+        device: torch.device,
+        encode: Encode | None = None,
+        image_size: int = 0,
+    ) -> None:
+        """encode: what makes tokens of the batch's images, its own pixels or those of `sequence.images`, which are
+        brought to squares of image_size."""
         self.sequence, self.config, self.device = sequence, config, device
-        self.kind = choose(config, sequence.source, device)
+        self.encode, self.image_size = encode, image_size
+        self.kind = choose(config, sequence.source, device, sequence.features, sequence.images is not None)
         self.skipped = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -64,37 +92,65 @@ class Loader:
             yield [next(batches) for _ in range(self.sequence.accumulate)]
 
     def _torch(self) -> Iterator[Batch]:
-        manifest, cuda = self.sequence.source.manifest, self.device.type == "cuda"
-        buffers: list[Tensor] = []
+        cuda = self.device.type == "cuda"
+        buffers: list[list[Tensor]] = []
         copied: dict[int, torch.cuda.Event] = {}
 
-        def allocate() -> np.ndarray:
-            shape = (self.sequence.rows, *manifest.row_shape)
-            buffers.append(torch.empty(shape, dtype=getattr(torch, manifest.dtype), pin_memory=cuda))
-            return buffers[-1].numpy()
+        def allocate() -> Buffer:
+            pinned: list[Tensor] = []
+
+            def one(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+                pinned.append(torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=cuda))
+                return pinned[-1].numpy()
+
+            buffers.append(pinned)
+            return self.sequence.buffer(one)
 
         def wait(slot: int) -> None:
             if slot in copied:
                 copied[slot].synchronize()
 
         threads, depth = self.config.threads, self.config.prefetch
+        finish = self._finisher()
         for slot, host, refill in ring(self.sequence, threads, depth, allocate, wait, self.sequence.accumulate):
-            x = self._to_device(buffers[slot])
+            rows = [self._to_device(t) for t in buffers[slot]]
             if self.stream is not None:
                 copied[slot] = self.stream.record_event()
-            batch = self._labelled(x, host)
+            batch = finish(rows, host)
             refill()
             yield batch
 
     def _dali(self) -> Iterator[Batch]:
         from lsep.data.dali import batches
 
-        for x, host in batches(self.sequence, self.config.threads, self.config.prefetch, self.device):
-            yield self._labelled(x, host)
+        finish = self._finisher()
+        for rows, host in batches(self.sequence, self.config.threads, self.config.prefetch, self.device):
+            yield finish(rows, host)
 
-    def _labelled(self, x: Tensor, host: HostBatch) -> Batch:
-        self.skipped += host.skipped
-        return Batch(x, *self._columns(host.columns))
+    def _finisher(self) -> Callable[[list[Tensor], HostBatch], Batch]:
+        """From rows on the device, of one set or two, and the rest on the host to a batch."""
+        sequence = self.sequence
+        decode = None
+        if sequence.images is not None:
+            from lsep.data.dali import Decoder
+
+            decode = Decoder(sequence.rows, self.image_size, self.config.threads, self.device)
+
+        def finish(rows: list[Tensor], host: HostBatch) -> Batch:
+            self.skipped += host.skipped
+            images = rows[0]
+            if decode is not None and sequence.images is not None:
+                ids, paths = host.columns[2], sequence.images
+                images = decode(host.files, host.flips, lambda i: str(paths.path(int(ids[i]))))
+            return self._batch(rows, self._columns(host.columns), images)
+
+        return finish
+
+    def _batch(self, rows: list[Tensor], columns: tuple[Tensor, ...], images: Tensor) -> Batch:
+        batch = Batch(rows[0], *columns)
+        if self.encode is not None:
+            return batch._replace(tokens=self.encode(images))
+        return batch if len(rows) == 1 else batch._replace(tokens=rows[1].flatten(2).transpose(1, 2))
 
     def _columns(self, columns: Ids) -> tuple[Tensor, ...]:
         """Rows of `columns` on the device, in one copy."""
@@ -113,8 +169,12 @@ class Loader:
         return copy
 
     def _resident(self) -> Iterator[Batch]:
-        rows = self.sequence.source.manifest.rows
+        rows, features = self.sequence.source.manifest.rows, self.sequence.features
         x, y, probe_y, bad = load_all(self.sequence.source, self.sequence.skip, self.device)
+        sets = [x]
+        if features is not None:
+            more, _, _, damaged = load_all(features, self.sequence.skip, self.device)
+            sets, bad = [x, more], bad | damaged
 
         def readable(sample: int, epoch: int) -> bool:
             flips = self.sequence.flips(np.array([sample]), epoch)
@@ -126,7 +186,8 @@ class Loader:
                 self.skipped += self.sequence.replace(ids, epoch, readable)
             flips = self.sequence.flips(ids, epoch)
             place, there = self._columns(np.stack([ids if flips is None else ids + flips * rows, ids]))
-            yield Batch(x[place], y[there], probe_y[there], there)
+            found = [s[place] for s in sets]
+            yield self._batch(found, (y[there], probe_y[there], there), found[0])
 
 
 def load_all(source: Source, skip: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
@@ -167,16 +228,21 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def choose(config: DataConfig, source: Source, device: torch.device) -> str:
-    """The loader behind `--data.loader`; auto: resident where the set fits, else DALI on a GPU, else torch."""
+def choose(
+    config: DataConfig, source: Source, device: torch.device, features: Source | None = None, images: bool = False
+) -> str:
+    """The loader behind `--data.loader`; auto: resident where all sets fit, else DALI on a GPU, else torch."""
     if config.loader == "dali" and not has_dali():
-        raise UserError("--data.loader dali needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130")
+        raise UserError(f"--data.loader dali needs NVIDIA DALI, which is not installed: {INSTALL}")
+    if images and config.loader == "resident":
+        raise UserError("--data.loader resident keeps no images for --align.images, expected auto, torch or dali")
     if config.loader != "auto":
         return config.loader
-    manifest, cuda = source.manifest, device.type == "cuda"
-    needed = manifest.rows * (1 + manifest.flips) * manifest.row_bytes
+    cuda = device.type == "cuda"
+    sets = [s.manifest for s in (source, features) if s is not None]
+    needed = sum(m.rows * (1 + m.flips) * m.row_bytes for m in sets)
     free = torch.cuda.mem_get_info(device)[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # On a GPU a quarter: the model has not shown yet what it needs.
-    if needed <= (free // 4 if cuda else min(free // 2, _SMALL)):
+    if not images and needed <= (free // 4 if cuda else min(free // 2, _SMALL)):
         return "resident"
     return "dali" if cuda and has_dali() else "torch"

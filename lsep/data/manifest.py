@@ -13,8 +13,8 @@ from lsep.errors import UserError, shown
 
 Ids = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
-Kind = Literal["moments", "samples", "pixels"]
-KINDS = ("moments", "samples", "pixels")
+Kind = Literal["moments", "samples", "pixels", "features"]
+KINDS = ("moments", "samples", "pixels", "features")
 DTYPES = ("float32", "float16", "uint8")
 
 
@@ -25,7 +25,8 @@ class Manifest:
     source: str
     """Where the data is, for messages."""
     kind: Kind
-    """moments: mean and std of a VAE posterior, (2C, H, W); samples: latents, (C, H, W); pixels: uint8, (C, H, W)."""
+    """moments: mean and std of a VAE posterior, (2C, H, W); samples: latents, (C, H, W); pixels: uint8, (C, H, W);
+    features: an encoder's tokens on their grid, (C, H, W), for `align.features`, which no model is trained on."""
     shape: tuple[int, int, int]
     """C, H, W of a latent or image."""
     rows: int
@@ -65,7 +66,7 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 2**16 for n in shape):
         raise fail("shape", "three counts C, H, W")
     if dtype not in DTYPES or (kind == "pixels") != (dtype == "uint8"):
-        raise fail("dtype", "uint8 for pixels, float32 or float16 for latents")
+        raise fail("dtype", "uint8 for pixels, float32 or float16 for latents and features")
     classes, probe_classes = value.get("num_classes"), value.get("probe_classes")
     for name, count in (("num_classes", classes), ("probe_classes", probe_classes)):
         if (type(count) is not int or not 0 < count < 2**31) and not (name == "probe_classes" and count is None):

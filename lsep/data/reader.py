@@ -9,25 +9,37 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from lsep.data import order
-from lsep.data.manifest import CorruptRow, Flips, Ids, Source
+from lsep.data.manifest import CorruptRow, Flips, Ids, Rows, Source
+from lsep.data.paired import Images
 from lsep.errors import UserError
 
 _MOST_IN_A_ROW = 1000
 
 
-@dataclass(frozen=True)
-class HostBatch:
-    """One micro-batch in host memory; x is a buffer of the ring."""
+class Buffer(NamedTuple):
+    """Where a micro-batch's rows go; features only where the sequence has some."""
 
     x: np.ndarray
+    features: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One micro-batch in host memory; its rows are in a buffer of the ring."""
+
+    rows: Buffer
     columns: Ids
     """Labels, probe labels and sample ids `(3, rows)`."""
     skipped: int
     """Damaged rows that others took the place of."""
+    files: list[bytes]
+    """Of the images that come with the rows; none where the sequence has no images."""
+    flips: Flips | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,10 @@ class Sequence:
     rank: int = 0
     """Which of `size` processes reads; each has `accumulate` shards of the global batch."""
     size: int = 1
+    features: Source | None = None
+    """A second set, of which each row is read with that of `source` of the same id."""
+    images: Images | None = None
+    """Files of images, likewise."""
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.accumulate
@@ -67,23 +83,36 @@ class Sequence:
         manifest = self.source.manifest
         return order.mirrored(manifest.rows, self.seed, epoch)[ids] if manifest.flips else None
 
-    def read(self, i: int, out: np.ndarray) -> HostBatch:
-        """Micro-batch `i` into `out` `(rows, *row_shape)`."""
+    def buffer(self, allocate: Callable[[tuple[int, ...], str], np.ndarray]) -> Buffer:
+        """Memory for a micro-batch, from `allocate(shape, dtype)`."""
+        sets = [s.manifest for s in (self.source, self.features) if s is not None]
+        return Buffer(*(allocate((self.rows, *m.row_shape), m.dtype) for m in sets))
+
+    def read(self, i: int, out: Buffer) -> HostBatch:
+        """Micro-batch `i` into `out`."""
         ids, epoch = self.ids(i)
         skipped = 0
         try:
-            rows = self.source.read(ids, self.flips(ids, epoch), out)
+            rows, files = self._rows(ids, epoch, out)
         except CorruptRow:
             if not self.skip:
                 raise
             skipped = self.replace(ids, epoch, self._readable)
-            rows = self.source.read(ids, self.flips(ids, epoch), out)
-        return HostBatch(rows.x, np.stack([rows.y, rows.probe_y, ids]), skipped)
+            rows, files = self._rows(ids, epoch, out)
+        columns = np.stack([rows.y, rows.probe_y, ids])
+        return HostBatch(out, columns, skipped, files, self.flips(ids, epoch))
+
+    def _rows(self, ids: Ids, epoch: int, out: Buffer | None = None) -> tuple[Rows, list[bytes]]:
+        """Rows into `out`, if given, and the files that come with them."""
+        flips = self.flips(ids, epoch)
+        rows = self.source.read(ids, flips, out.x if out else None)
+        if self.features is not None:
+            self.features.read(ids, flips, out.features if out else None)
+        return rows, self.images.read(ids) if self.images is not None else []
 
     def _readable(self, sample: int, epoch: int) -> bool:
-        one = np.array([sample])
         try:
-            self.source.read(one, self.flips(one, epoch))
+            self._rows(np.array([sample]), epoch)
         except CorruptRow:
             return False
         return True
@@ -111,13 +140,13 @@ def ring(
     sequence: Sequence,
     threads: int,
     depth: int,
-    allocate: Callable[[], np.ndarray],
+    allocate: Callable[[], Buffer],
     wait: Callable[[int], None] = lambda slot: None,
     held: int = 1,
 ) -> Iterator[tuple[int, HostBatch, Callable[[], None]]]:
     """The micro-batches in order with their ring slot, read up to `depth` ahead by `threads` threads.
 
-    `allocate` makes a buffer `(rows, *row_shape)`; `wait(slot)` returns once a slot's last batch has left its buffer.
+    `allocate` makes a buffer, see `Sequence.buffer`; `wait(slot)` returns once a slot's last batch has left its buffer.
     With each batch comes `refill`, to be called once, when the batch is on its way: it sends a thread to read into the
     oldest slot. The `held` newest batches are valid until the next one is asked for.
     """

@@ -223,6 +223,20 @@ class Shard:
             raise UserError(f"{self.columns_path}: truncated inside {name}")
         return np.frombuffer(data, dtype)
 
+    def paths(self) -> list[str]:
+        """Where the rows come from, where the shard says it: its listed files, or the column of image paths."""
+        if self.entry.layout == "files":
+            return [os.fsdecode(f) for f in self.files]
+        if not {"paths", "path_ends"} <= self._columns.keys():
+            return []
+        data = self.columns_path.read_bytes()
+        text, ends = (data[self._columns[n].start : self._columns[n].end] for n in ("paths", "path_ends"))
+        column = self._columns["path_ends"]
+        if column.dtype != np.int64 or column.shape != (self.entry.rows,):
+            raise UserError(f"{self.columns_path}: path_ends is not int64 ({self.entry.rows},)")
+        stops = np.frombuffer(ends, np.int64).tolist()
+        return [text[a:b].decode(errors="replace") for a, b in zip([0, *stops[:-1]], stops, strict=True)]
+
     def corrupt(self, row: int, sample: int, what: str) -> CorruptRow:
         """The error that names the file, the row in it and the sample's id."""
         path = os.fsdecode(self.files[row]) if self.entry.layout == "files" else self.path

@@ -55,6 +55,11 @@ class Store:
         """Labels of all rows `(rows,)`."""
         return self._y
 
+    def paths(self) -> list[str]:
+        """Where all rows come from; empty where the shards do not say it."""
+        found = [path for shard in self.shards for path in shard.paths()]
+        return found if len(found) == self.manifest.rows else []
+
     def read(self, ids: Ids, flips: Flips | None = None, out: np.ndarray | None = None) -> Rows:
         """Rows in this order, see `Source.read`. A row with a value that is not finite is corrupt as well."""
         m = self.manifest

@@ -20,9 +20,6 @@ from lsep.run import Run
 from lsep.weights.foreign import Foreign, Form, configuration, fit, recognise, translate
 from lsep.weights.read import Tensors, read
 
-PROJECTORS = "projectors.safetensors"
-"""REPA's, in the run's directory, where they are kept; nothing of a run reads them."""
-
 
 @dataclass(frozen=True)
 class Given:
@@ -67,7 +64,7 @@ def import_weights(path: Path, out: Path, given: Given) -> list[str]:
             checkpoints.save(Progress(0, 0.0), objective, objective, Untrained(objective))
             checkpoints.finish()
         if given.keep_projectors and found.projectors:
-            save_file({k: v.contiguous() for k, v in found.projectors.items()}, out / PROJECTORS)
+            save_file({k: v.contiguous() for k, v in found.projectors.items()}, run.projectors_file)
     except BaseException:
         shutil.rmtree(out if made else run.checkpoints, ignore_errors=True)
         if not made:
@@ -115,5 +112,7 @@ def _left(found: Foreign, given: Given) -> list[str]:
         said.append("the probe's classifier is kept")
     if found.projectors:
         names = ", ".join(sorted(found.projectors))
-        said.append(f"REPA's projectors are {f'in {PROJECTORS}' if given.keep_projectors else 'left out'}: {names}")
+        said.append(
+            f"REPA's projectors are {'in projectors.safetensors' if given.keep_projectors else 'left out'}: {names}"
+        )
     return said

@@ -1,0 +1,112 @@
+"""What belongs to the rows of a data set but lies elsewhere: an encoder's features, or the images behind latents.
+
+A row and what comes with it have the same id. Both are compared with the data set when they are opened: a set that
+lies shifted by one row trains without an error and without a use.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lsep.data.images import SUFFIXES
+from lsep.data.manifest import CorruptRow, Ids
+from lsep.data.store import Store
+from lsep.errors import UserError, shown, told
+
+
+def open_features(path: str, store: Store, flag: str = "--align.features") -> Store:
+    """The store of features at `path`; raises UserError unless its rows are those of `store`."""
+    if not (Path(path) / "manifest.json").is_file():
+        raise UserError(f"{flag} {path}: no manifest.json there, expected a store of features (lsep data features)")
+    features = Store(path)
+    own, theirs = features.manifest, store.manifest
+    if own.kind != "features":
+        raise UserError(f"{flag} {path}: a store of {own.kind}, expected one of features (lsep data features)")
+    if own.rows != theirs.rows:
+        raise UserError(f"{flag} {path}: {own.rows} rows, expected {theirs.rows} as {theirs.source} has")
+    if own.flips != theirs.flips:
+        have, want = ("mirror images", "none") if own.flips else ("no mirror images", "some")
+        raise UserError(f"{flag} {path}: {have}, expected {want} as {theirs.source} has")
+    _same_labels(features.labels, store.labels, f"{flag} {path}", theirs.source)
+    return features
+
+
+def _same_labels(found: Ids, wanted: Ids, where: str, source: str) -> None:
+    wrong = np.flatnonzero(found != wanted)
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{where}: the label of row {row} is {int(found[row])} and {int(wanted[row])} in {source}, "
+            "expected the same images in the same order"
+        )
+
+
+class Images:
+    """Files of images, one for each row of a data set; the rows' own paths, or those of `folder` in sorted order."""
+
+    def __init__(self, folder: str, store: Store, flag: str = "--align.images") -> None:
+        """Raises UserError where the folder's images are not those of `store`."""
+        self.folder = Path(folder)
+        self.paths, labels = _list(self.folder, store, flag)
+        rows, data = store.manifest.rows, store.manifest.source
+        if len(self.paths) != rows:
+            raise UserError(f"{flag} {folder}: {len(self.paths)} images, expected {rows} as {data} has")
+        for path in self.paths:
+            if path.startswith("/") or ".." in Path(path).parts:
+                raise UserError(f"{flag} {folder}: path {shown(path)} of {data} leaves the folder")
+        if labels is not None:
+            _same_labels(labels, store.labels, f"{flag} {folder}", data)
+
+    def path(self, sample: int) -> Path:
+        return self.folder / self.paths[sample]
+
+    def read(self, ids: Ids) -> list[bytes]:
+        """The files of these rows; raises CorruptRow for the first that cannot be read."""
+        out = []
+        for sample in ids.tolist():
+            path = self.path(sample)
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise CorruptRow(f"{path}: cannot be read ({error.strerror}; sample {sample})", sample) from None
+            if not data:
+                raise CorruptRow(f"{path}: is empty, expected an image (sample {sample})", sample)
+            out.append(data)
+        return out
+
+
+def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]:
+    """Paths below `folder` in the order of the rows, and their labels where the folder says them."""
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: not a folder, expected that of the images")
+    paths = store.paths()
+    if paths and paths[0].lower().endswith(SUFFIXES):
+        return paths, None
+    listing = folder / "dataset.json"
+    if listing.is_file() and (listed := _listed(listing)):
+        return [path for path, _ in listed], np.array([label for _, label in listed], np.int64)
+    found = sorted(
+        Path(root, name).relative_to(folder).parts
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(SUFFIXES)
+    )
+    classes = sorted({parts[0] for parts in found})
+    # REPA and EDM2 deal images into folders by number, which says nothing about their class.
+    dealt = all(re.fullmatch(r"\d{5}", name) for name in classes)
+    labels = None
+    if not dealt and len(classes) == store.manifest.num_classes:
+        labels = np.array([classes.index(parts[0]) for parts in found], np.int64)
+    return ["/".join(parts) for parts in found], labels
+
+
+def _listed(listing: Path) -> list[tuple[str, int]]:
+    """Of `dataset.json` as EDM2 and REPA write it, {"labels": [["00000/img00000000.png", 6], ...]}, sorted by path."""
+    try:
+        listed = [(str(path), int(label)) for path, label in json.loads(listing.read_bytes())["labels"] or ()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{listing}: cannot be read as a list of images ({told(error)})") from None
+    return sorted(listed)
