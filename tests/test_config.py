@@ -16,7 +16,7 @@ CONTRACT = (
 
 def test_fields_of_the_contract() -> None:
     assert set(CONTRACT) <= set(flat(Config()))
-    sections = "model interpolant probe optim data train backend dist sample evaluate".split()
+    sections = "model interpolant probe align optim data train backend dist sample evaluate".split()
     assert [f.name for f in fields(Config)] == sections
 
 
