@@ -50,6 +50,8 @@ def _of_batch(state: State, step: int, batch: Batch) -> list[str]:
         causes["denoising loss"] = objective.ops.velocity_loss(patches, noised.v, config.model.patch_size)
         if config.probe.enabled:
             causes["LSEP loss (its features)"] = features.sum(1)
+        if batch.tokens is not None:
+            causes["alignment loss (the encoder's tokens)"] = batch.tokens.float().flatten(1).sum(1)
     found, seen = [], torch.zeros_like(batch.id, dtype=torch.bool)
     for cause, values in causes.items():
         bad = ~torch.isfinite(values) & ~seen

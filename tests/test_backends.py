@@ -179,7 +179,7 @@ def test_the_objective_over_triton_is_one_graph(extra_fraction: float | None) ->
     config = resolve(tiny(model__depth=2, probe__depth=1, probe__extra_fraction=extra_fraction), MANIFEST)
     chosen = ops.choose("triton", "triton" if DEVICE.type == "cpu" else "sdpa", DEVICE, torch.float32, 16, 16)
     objective = lively(Objective(config, MANIFEST, chosen)).to(DEVICE)
-    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b))
+    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b.tensors()))
     step, epoch = (torch.tensor(i, device=DEVICE) for i in (3, 0))
     compiled = torch.compile(objective, fullgraph=True, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
     gradients = []

@@ -270,7 +270,7 @@ def objective(ops: Ops, **changes: object) -> tuple[Objective, object]:
 
 
 def gradients(module: Objective, plan: object, compiled: bool = False) -> list[Tensor]:
-    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b))
+    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b.tensors()))
     step, epoch = (torch.tensor(i, device=DEVICE) for i in (3, 0))
     backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
     forward = torch.compile(module, fullgraph=True, backend=backend) if compiled else module
@@ -330,7 +330,7 @@ def test_training_follows_float32() -> None:
         module.initialize(0)
         module.to(DEVICE)
         optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, fused=True)
-        batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b))
+        batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b.tensors()))
         curve = []
         for _ in range(20):
             step = torch.tensor(0, device=DEVICE)

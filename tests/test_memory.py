@@ -97,7 +97,7 @@ def test_an_mlp_in_one_operator(policy: str, calls: int) -> None:
     """Two blocks of three call it; the same bits, and no matrix product twice but where blocks are."""
     pytest.importorskip("triton")
     chosen = ops.choose("reference", "sdpa", DEVICE, torch.float32, 16, 16, mlp="triton")
-    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b))
+    batch = type(b := random_batch(10))(*(part.to(DEVICE) for part in b.tensors()))
     step, epoch = (torch.tensor(i, device=DEVICE) for i in (3, 0))
     found = []
     for name in ("keep", policy):
