@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lsep import interpolant, probe
+from lsep.backbone import Backbone, build
 from lsep.config import Config
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
 from lsep.interpolant import Stream
-from lsep.model import SiT
 from lsep.plan import BranchPlan
 from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         """`config` must be resolved against `manifest`; `ops` computes what the step is made of."""
         super().__init__()
         self.config, self.manifest, self.ops = config, manifest, ops
-        self.model = SiT(config, ops)
+        self.model: Backbone = build(config, ops)
         self.classifier = (
             probe.build_classifier(config.model.hidden_size, manifest.probe_classes) if config.probe.enabled else None
         )
