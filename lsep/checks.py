@@ -13,7 +13,8 @@ from lsep.errors import UserError, shown
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.layers_per_level model.patch_size probe.depth "
     "probe.window_min probe.weight_bins probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps "
-    "train.batch_size train.log_every train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size evaluate.num"
+    "train.batch_size train.log_every train.checkpoint_every train.max_skipped sample.steps sample.num "
+    "sample.batch_size evaluate.num"
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
@@ -177,8 +178,8 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         depth, unit = config.model.depth, 2 ** (config.model.depth - 1)
         _require(
             height % unit == 0,
-            f"--model.depth is {depth}, whose levels halve a side {depth - 1} times, but the data's is {height}, expected "
-            f"a multiple of {unit}",
+            f"--model.depth is {depth}, whose levels halve a side {depth - 1} times, but the data's is {height}, "
+            f"expected a multiple of {unit}",
         )
     _require(
         manifest.rows >= config.train.batch_size,

@@ -91,8 +91,9 @@ def render(run: Run) -> Path:
 
 def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: dict[str, Any]) -> str:
     m, p, names = config.model, config.probe, run.manifest().class_names
+    place = "mid-block" if m.backbone == "unet" else f"depth {p.depth}"
     plan = (
-        f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, depth {p.depth}"
+        f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, {place}"
         if p.enabled
         else f"off (plain {NAMES[m.backbone]})"
     )

@@ -32,7 +32,7 @@ ROOMS = (
 """In the order of the table. compiled: what is in a graph and has no telling name; idle: of a GPU."""
 
 _ROOM_OF_RANGE = {r: r for r in ("attention", "MLP", "adaLN", "probe", "interpolant", "losses", "optimizer", "data")}
-_ROOM_OF_RANGE |= {"embedding": "other", "final layer": "other"}
+_ROOM_OF_RANGE |= {"embedding": "other", "final layer": "other", "down": "other", "mid": "other", "up": "other"}
 _ROOM_OF_NAME = [
     (re.compile(pattern, re.IGNORECASE), room)
     for pattern, room in (

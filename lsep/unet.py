@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lsep.config import Config, ModelConfig
 from lsep.errors import UserError
@@ -44,6 +45,24 @@ def channels(m: ModelConfig) -> tuple[int, ...]:
     return tuple(m.hidden_size >> (m.depth - 1 - i) for i in range(m.depth))
 
 
+def settings(m: ModelConfig) -> dict[str, Any]:
+    """Of diffusers' `UNet2DModel`, for a resolved `m`; attention is in the last level and the mid-block."""
+    assert m.num_classes is not None
+    widths, above = channels(m), m.depth - 1
+    return {
+        "sample_size": m.input_size,
+        "in_channels": m.in_channels,
+        "out_channels": m.in_channels,
+        "block_out_channels": widths,
+        "down_block_types": (*["DownBlock2D"] * above, "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", *["UpBlock2D"] * above),
+        "layers_per_block": m.layers_per_level,
+        "attention_head_dim": m.hidden_size // m.num_heads,
+        "norm_num_groups": min(32, widths[0] // 4),
+        "num_class_embeds": m.num_classes + 1,  # the last is the null class
+    }
+
+
 class UNet(nn.Module):
     """Velocity field v(x_t, t, y) of a class-conditional U-Net; a `lsep.backbone.Backbone`."""
 
@@ -53,22 +72,10 @@ class UNet(nn.Module):
     def __init__(self, config: Config, ops: Ops = REFERENCE) -> None:
         """`config` must be resolved (input_size, in_channels and num_classes known); `ops` pools for the probe."""
         super().__init__()
-        m, build = config.model, require()
-        assert m.in_channels is not None and m.num_classes is not None
+        m = config.model
+        assert m.num_classes is not None
         self.null_class, self.ops, self.interpolant = m.num_classes, ops, config.interpolant
-        widths, above = channels(m), m.depth - 1
-        self.unet = build(
-            sample_size=m.input_size,
-            in_channels=m.in_channels,
-            out_channels=m.in_channels,
-            block_out_channels=widths,
-            down_block_types=("DownBlock2D",) * above + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * above,
-            layers_per_block=m.layers_per_level,
-            attention_head_dim=m.hidden_size // m.num_heads,
-            norm_num_groups=min(32, widths[0] // 4),
-            num_class_embeds=m.num_classes + 1,
-        )
+        self.unet = require()(**settings(m))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of x, both `(N, C, H, W)`, at times t `(N,)` under labels y `(N,)`; `null_class` is no label."""
@@ -125,20 +132,19 @@ class UNet(nn.Module):
     def _down(self, h: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The mid-block's output `(N, D, side, side)` for what conv_in gives, and the skip connections."""
         skips = [h]
-        for i, block in enumerate(self.unet.down_blocks):
-            with span("down", i + 1):
+        with span("down"):
+            for block in self.unet.down_blocks:
                 h, passed = block(hidden_states=h, temb=c)
-            skips += passed
+                skips += passed
         with span("mid"):
             return self.unet.mid_block(h, c), skips
 
     def _up(self, h: Tensor, skips: list[Tensor], c: Tensor) -> Tensor:
         """From the mid-block's output to the prediction as patches `(N, H W, C)`."""
-        skips = [*skips]
-        for i, block in enumerate(self.unet.up_blocks):
-            own = tuple(skips.pop() for _ in block.resnets)[::-1]
-            with span("up", i + 1):
-                h = block(hidden_states=h, res_hidden_states_tuple=own, temb=c)
+        with span("up"):
+            for block in self.unet.up_blocks:
+                skips, own = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+                h = block(hidden_states=h, res_hidden_states_tuple=tuple(own), temb=c)
         with span("final layer"):
             return _tokens(self.unet.conv_out(F.silu(self.unet.conv_norm_out(h))))
 
@@ -148,7 +154,11 @@ class UNet(nn.Module):
             block.compile(fullgraph=True, dynamic=False)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """DDPM's initialisation: Xavier weights, zeros at the end of every residual branch, of attention and output."""
+        """DDPM's initialisation: Xavier weights, zeros at the end of every residual branch, of attention and output.
+
+        Labels start at the size of the embedded time they are added to: of 0.02, as in SiT, they would count for little
+        through the first hundreds of steps.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 if name.endswith(_ENDS):
@@ -157,7 +167,24 @@ class UNet(nn.Module):
                     nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.unet.class_embedding.weight, std=0.02, generator=generator)
+        nn.init.normal_(self.unet.class_embedding.weight, std=1.0, generator=generator)
+
+
+def count_flops(config: Config, probed: bool) -> tuple[int, int]:
+    """Of a resolved `config`: an image's matrix products and convolutions, forward, and forward and backward.
+
+    probed: only down to the mid-block, as the second pass goes. Counted by PyTorch, without memory or arithmetic.
+    """
+    m = config.model
+    assert m.in_channels is not None and m.input_size is not None
+    with torch.device("meta"):
+        model = UNet(config)
+        x, t, y = torch.empty(1, m.in_channels, m.input_size, m.input_size), torch.empty(1), torch.zeros(1).long()
+    with FlopCounterMode(display=False) as forward:
+        out = model.features(x, t, y, [1])[0] if probed else model.patches(x, t, y)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
 def _tokens(h: Tensor) -> Tensor:
