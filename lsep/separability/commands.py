@@ -201,11 +201,13 @@ def _settings(
     args: ProbeArgs, run: "Run", source: "Source", test_source: "Source | None", encode: "Encode | None"
 ) -> "Settings":
     """What is measured on a run; raises UserError where that is not possible or takes more memory than --memory."""
+    from lsep.backbone import require
     from lsep.checkpoint import find
     from lsep.separability.features import split
     from lsep.separability.measure import Settings, cached_bytes
 
     config = run.config()
+    require(config)
     find(run.checkpoints, args.checkpoint)
     last = config.probe_depths
     depths = args.depths or tuple(range(1, last + 1))
