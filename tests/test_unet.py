@@ -173,30 +173,31 @@ def test_initialisation_is_the_seeds_and_predicts_zero() -> None:
     assert models[0].features(x, t, y, [1])[0].std() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles_as_one_graph() -> None:
-    """`fullgraph=True` raises on any graph break, also under autocast, where losses stay those of eager."""
-    objective, plan = objective_and_plan(small())
-    batch = random_batch(10)
-    compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        eager, traced = objective(batch, plan, STEP, EPOCH), compiled(batch, plan, STEP, EPOCH)
-    assert relative_error(traced.total, eager.total) < 0.01  # bf16 keeps 8 bits
-    truth, got = gradient(objective, eager.total), gradient(objective, traced.total)
-    for name in ("model.unet.conv_in.weight", "model.unet.conv_out.weight", "classifier.1.weight"):
-        assert relative_error(got[name], truth[name]) < 0.05, name
+    """`fullgraph=True` raises on any graph break."""
+    objective, plan = objective_and_plan(small(model__depth=1))
+    batch, counter = random_batch(10), CompileCounter()
+    compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend=counter)
+    eager, traced = objective(batch, plan, STEP, EPOCH), compiled(batch, plan, STEP, EPOCH)
+    assert counter.frame_count == 1
+    assert relative_error(traced.total, eager.total) < 1e-6
 
 
-def test_compiles_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiles_by_blocks(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels down and up and the mid-block, each whole, also under autocast; names of weights stay."""
     counter = CompileCounter()
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend=counter))
     model = objective_and_plan(small())[0].model
+    assert isinstance(model, UNet)
     x, t, y = torch.randn(3, 3, 8, 8), torch.rand(3), torch.tensor([0, 4, 5])
-    eager, names = model(x, t, y), list(model.state_dict())  # type: ignore[attr-defined]
-    model.compile_blocks()
-    assert relative_error(model(x, t, y), eager) < 1e-6
-    assert counter.frame_count == 5  # two levels down and up, and the mid-block
-    assert list(model.state_dict()) == names  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        eager, names = model(x, t, y), list(model.state_dict())
+        model.compile_blocks()
+        assert relative_error(model(x, t, y), eager) < 1e-6
+    assert counter.frame_count == 5
+    assert list(model.state_dict()) == names
 
 
 def test_flops_are_those_of_the_layers() -> None:
