@@ -4,6 +4,7 @@ import builtins
 import inspect
 import json
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch._dynamo.testing import CompileCounter
 from lsep import checkpoint, cli, flops, probe, sample
 from lsep.backbone import Backbone, build
 from lsep.checks import check, resolve
-from lsep.config import Config
+from lsep.config import Config, from_dict
+from lsep.diagnose import not_finite
 from lsep.errors import UserError
 from lsep.evaluate.monitor import Monitor
 from lsep.floors import step_work
@@ -313,6 +315,10 @@ def test_it_learns(store: Path) -> None:
     batches = next(iter(open_loader(state, 0, 1)))
     losses = [train_step(state, 3, batches)[:2] for _ in range(60)]
     assert losses[-1][0] < 0.5 * losses[0][0] and losses[-1][1] < 0.5 * losses[0][1]
+    assert "are finite" in not_finite(state, 3, [batches[0]])
+    with torch.no_grad():
+        next(state.learning.model.parameters()).fill_(torch.nan)
+    assert "the denoising loss of sample" in not_finite(state, 3, [batches[0]])
     monitor = Monitor(state)
     monitor.prepare(Path(config.data.path or "").parent)
     assert math.isfinite(monitor.distance(1))
@@ -324,6 +330,12 @@ def mean_pixels(x: Any, device: Any) -> Any:
 
 
 mean_pixels.latents = True  # type: ignore[attr-defined]
+
+
+def test_older_configurations_are_those_of_a_sit() -> None:
+    values = asdict(tiny())
+    del values["model"]["backbone"], values["model"]["layers_per_level"]
+    assert from_dict(values, "old") == tiny()
 
 
 @pytest.mark.parametrize(
