@@ -10,11 +10,11 @@ import torch
 
 from bench.study_task import Images, Task
 from lsep import checkpoint, sample
+from lsep.backbone import Backbone
 from lsep.config import PRESETS, Config, override
 from lsep.data.loader import open_source
 from lsep.data.manifest import Manifest
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
-from lsep.model import SiT
 from lsep.separability.measure import Settings, Subject, measure
 from lsep.step import pick_device
 from lsep.train import train
@@ -111,7 +111,7 @@ def configuration(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int) 
     return override(base, {"train.checkpoint_every": steps // sizes.points, **changes})
 
 
-def draw(model: SiT, config: Config, count: int, seed: int, manifest: Manifest) -> Images:
+def draw(model: Backbone, config: Config, count: int, seed: int, manifest: Manifest) -> Images:
     """Class-balanced samples of the averaged weights."""
     labels = sample.grid_labels(count, manifest.num_classes)
     return sample.to_images(sample.draw(model, config, labels, 1000 + seed), manifest)
@@ -124,7 +124,7 @@ def gaussian(task: Task, images: Images) -> Gaussian:
     return moments.gaussian()
 
 
-def accuracy(task: Task, model: SiT, config: Config, sizes: Sizes) -> float:
+def accuracy(task: Task, model: Backbone, config: Config, sizes: Sizes) -> float:
     """Of a linear probe on the mean of all tokens after the probed block, unlabelled, on held-out images, mean over t.
 
     Fitted with the true labels, whatever labels the training saw.

@@ -59,7 +59,12 @@ def choose(config: Config, device: torch.device, processes: int = 1) -> Backends
     if wanted.modulation == "joint" and not copies:
         raise UserError("--backend.modulation is 'joint', but the weights are float32, expected --train.weights bf16")
     # Its gradients, a third of all, come at the end of the backward, where no exchange between processes is hidden.
-    joint = copies and wanted.modulation != "block" and (processes == 1 or wanted.modulation == "joint")
+    joint = (
+        config.model.backbone == "sit"
+        and copies
+        and wanted.modulation != "block"
+        and (processes == 1 or wanted.modulation == "joint")
+    )
     return Backends(
         chosen,
         optimizer,

@@ -6,15 +6,15 @@ against each other.
 
 from dataclasses import replace
 
-from lsep.config import Config, flat
+from lsep.config import Config, ModelConfig, flat
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError, shown
 
 _AT_LEAST_ONE = (
-    "model.depth model.hidden_size model.num_heads model.patch_size probe.depth probe.window_min probe.weight_bins "
-    "probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps train.batch_size train.log_every "
-    "train.checkpoint_every train.max_skipped sample.steps sample.num sample.batch_size evaluate.num "
-    "align.depth align.projector_dim"
+    "model.depth model.hidden_size model.num_heads model.layers_per_level model.patch_size probe.depth "
+    "probe.window_min probe.weight_bins probe.decay_epochs optim.accumulate data.prefetch data.threads train.steps "
+    "train.batch_size train.log_every train.checkpoint_every train.max_skipped sample.steps sample.num "
+    "sample.batch_size evaluate.num align.depth align.projector_dim"
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
@@ -23,6 +23,13 @@ _AT_LEAST_ZERO = (
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()
 _ABOVE_ZERO = "model.mlp_ratio interpolant.time_std optim.eps optim.clip dist.timeout".split()
+_OF_SIT = (
+    "model.mlp_ratio model.qk_norm probe.pool_before_fc2 train.fp32_residual train.fp8 train.memory backend.attention "
+    "backend.modulation backend.mlp"
+).split()
+"""What only a SiT has; a U-Net is refused with other values than the defaults."""
+_LEVELS = 16
+"""Levels of a U-Net, at most."""
 
 
 def _require(ok: bool, message: str) -> None:
@@ -54,10 +61,10 @@ def check(config: Config) -> None:
         m.hidden_size % m.num_heads == 0,
         f"--model.num-heads is {m.num_heads}, expected a divisor of --model.hidden-size {m.hidden_size}",
     )
-    _require(
-        m.hidden_size % 4 == 0,
-        f"--model.hidden-size is {m.hidden_size}, expected a multiple of 4 (2-D sine and cosine positions)",
-    )
+    if m.backbone == "unet":
+        _check_unet(config)
+    else:
+        _check_sit(config)
     _require(
         train.batch_size % config.optim.accumulate == 0,
         f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
@@ -93,15 +100,59 @@ def _check_align(config: Config) -> None:
         value = getattr(a, name)
         _require(value is None or value >= 1, f"{_flag('align.' + name)} is {value}, expected None or at least 1")
     _require(
+        not a.enabled or config.model.backbone == "sit",
+        f"--model.backbone is {config.model.backbone!r}, expected 'sit' with --align.encoder or --align.features",
+    )
+    _require(
         not a.enabled or a.depth <= config.model.depth,
         f"--align.depth is {a.depth}, expected at most the model's {config.model.depth} blocks",
     )
 
 
+def _check_sit(config: Config) -> None:
+    m, levels = config.model, ModelConfig().layers_per_level
+    _require(
+        m.hidden_size % 4 == 0,
+        f"--model.hidden-size is {m.hidden_size}, expected a multiple of 4 (2-D sine and cosine positions)",
+    )
+    _require(
+        m.layers_per_level == levels,
+        f"--model.layers-per-level is {m.layers_per_level}, expected its default {levels}: --model.backbone is "
+        f"{m.backbone!r}, and only a U-Net has levels",
+    )
+
+
+def _check_unet(config: Config) -> None:
+    m, values, defaults = config.model, flat(config), flat(Config())
+    for name in _OF_SIT:
+        _require(
+            values[name] == defaults[name],
+            f"{_flag(name)} is {values[name]!r}, expected its default {defaults[name]!r} with --model.backbone unet",
+        )
+    _require(m.patch_size == 1, f"--model.patch-size is {m.patch_size}, expected 1: a U-Net has no patches")
+    _require(m.depth <= _LEVELS, f"--model.depth is {m.depth}, expected at most {_LEVELS} levels of a U-Net")
+    # Groups of its norms: 32, or of 4 channels where the first level, a whole part of all others, has fewer than 128.
+    shrink = 2 ** (m.depth - 1)
+    unit = shrink * (4 if m.hidden_size < 128 * shrink else 32)
+    _require(
+        m.hidden_size % unit == 0,
+        f"--model.hidden-size is {m.hidden_size}, expected a multiple of {unit} for the norms of a U-Net of {m.depth} "
+        "levels",
+    )
+    _require(
+        config.dist.mode == "ddp",
+        f"--dist.mode is {config.dist.mode!r}, expected 'ddp': the weights of a U-Net are not sharded",
+    )
+
+
 def _check_probe(config: Config) -> None:
     p, drop = config.probe, config.model.class_dropout_prob
+    unet = config.model.backbone == "unet"
     _require(
-        p.depth <= config.model.depth,
+        not unet or p.depth == 1, f"--probe.depth is {p.depth}, expected 1: the probe of a U-Net reads its mid-block"
+    )
+    _require(
+        unet or p.depth <= config.model.depth,
         f"--probe.depth is {p.depth}, expected at most the model's {config.model.depth} blocks",
     )
     _require(
@@ -153,6 +204,13 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         height % config.model.patch_size == 0,
         f"--model.patch-size is {config.model.patch_size}, expected a divisor of the data's side {height}",
     )
+    if config.model.backbone == "unet":
+        depth, unit = config.model.depth, 2 ** (config.model.depth - 1)
+        _require(
+            height % unit == 0,
+            f"--model.depth is {depth}, whose levels halve a side {depth - 1} times, but the data's is {height}, "
+            f"expected a multiple of {unit}",
+        )
     _require(
         manifest.rows >= config.train.batch_size,
         f"--train.batch-size is {config.train.batch_size}, but {manifest.source} has only {manifest.rows} images",
@@ -160,10 +218,11 @@ def resolve(config: Config, manifest: Manifest) -> Config:
     if config.probe.enabled:
         p, grid = config.probe, config.grid
         largest = grid if p.window_max is None else p.window_max
+        side = "mid-block's side" if config.model.backbone == "unet" else "token grid's side"
         name = "window-min" if p.window_min > grid else "window-max"
         _require(
             max(p.window_min, largest) <= grid,
-            f"--probe.{name} is {max(p.window_min, largest)}, expected at most the token grid's side {grid}",
+            f"--probe.{name} is {max(p.window_min, largest)}, expected at most the {side} {grid}",
         )
         _require(
             p.window_min <= largest, f"--probe.window-max is {largest}, expected at least window-min {p.window_min}"

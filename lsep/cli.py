@@ -209,13 +209,14 @@ def presets(argv: Args) -> None:
     no_flags("presets", "List the presets.\n\nExample: lsep presets", argv)
     from lsep.config import PRESETS
 
-    print(f"{'preset':22}{'blocks':>7}{'width':>7}{'heads':>7}{'patch':>7}{'input':>7}{'batch':>7}{'steps':>10}  probe")
+    columns = "".join(f"{name:>7}" for name in ("model", "depth", "width", "heads", "patch", "input", "batch"))
+    print(f"{'preset':22}{columns}{'steps':>10}  probe")
     for name, c in PRESETS.items():
         m = c.model
         side = "data" if m.input_size is None else str(m.input_size)
         probe = f"depth {c.probe.depth}, lr {c.optim.probe_lr:g}"
         print(
-            f"{name:22}{m.depth:7}{m.hidden_size:7}{m.num_heads:7}{m.patch_size:7}{side:>7}"
+            f"{name:22}{m.backbone:>7}{m.depth:7}{m.hidden_size:7}{m.num_heads:7}{m.patch_size:7}{side:>7}"
             f"{c.train.batch_size:7}{c.train.steps:10,}  {probe}"
         )
 

@@ -15,18 +15,22 @@ from lsep.errors import UserError, nearest, shown
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """SiT: the DiT architecture trained as a flow (arXiv 2212.09748, 2401.08740)."""
+    """The backbone: SiT, the DiT architecture trained as a flow (arXiv 2212.09748, 2401.08740), or a U-Net."""
 
+    backbone: Literal["sit", "unet"] = "sit"
+    """sit: a transformer; unet: diffusers' UNet2DModel, whose probe reads the mid-block."""
     depth: int = 12
-    """Transformer blocks."""
+    """Transformer blocks; of a U-Net its levels, each of half the side and twice the channels of the one before."""
     hidden_size: int = 384
-    """Width D of a token."""
+    """Width D of a token; of a U-Net the channels of its last level and mid-block."""
     num_heads: int = 6
-    """Attention heads; must divide hidden_size."""
+    """Attention heads; must divide hidden_size. A U-Net has attention in its last level and mid-block."""
+    layers_per_level: int = 2
+    """ResNet blocks of each level of a U-Net on its way down; it has one more on its way up."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP as a multiple of hidden_size."""
     patch_size: int = 2
-    """Side of a patch, in latent pixels."""
+    """Side of a patch, in latent pixels; 1 for a U-Net, which has none."""
     input_size: int | None = None
     """Side of the square latent or image, in its own pixels; None takes the data's."""
     in_channels: int | None = None
@@ -62,7 +66,7 @@ class ProbeConfig:
     """The LSEP term: a linear probe on an intermediate layer, trained with the denoiser (arXiv 2509.21565)."""
 
     enabled: bool = True
-    """Train with the LSEP term; False is plain SiT."""
+    """Train with the LSEP term; False is the backbone alone."""
     branch: Literal["shared", "paper"] = "shared"
     """shared: a second pass only where the label states of main pass and probe differ; paper: independent draws and a
     full second pass."""
@@ -71,9 +75,9 @@ class ProbeConfig:
     rho: float = 0.9
     """Probability that the probe's branch drops its label."""
     depth: int = 8
-    """The probe reads the output of this block, counted from 1."""
+    """The probe reads the output of this block, counted from 1; 1 for a U-Net, whose probe reads the mid-block."""
     window_min: int = 12
-    """Smallest side of the pooling window, in tokens."""
+    """Smallest side of the pooling window, in tokens; those of a U-Net are its mid-block's positions."""
     window_max: int | None = None
     """Largest side of the pooling window, in tokens; None is the side of the token grid."""
     weight_start: float = 0.0225
@@ -89,7 +93,7 @@ class ProbeConfig:
     decay_epochs: int = 800
     """Epochs in which the decay reaches a tenth."""
     end_step: int | None = None
-    """Drop the probe from this step on (plain SiT from there); None keeps it."""
+    """Drop the probe from this step on (the backbone alone from there); None keeps it."""
     pool_before_fc2: bool = True
     """In the probed block, pool the second pass before the linear fc2: same result, a third of its matmuls less."""
 
@@ -306,9 +310,16 @@ class Config:
 
     @property
     def grid(self) -> int:
-        """Side of the token grid."""
+        """Side of the grid of tokens that the probe reads."""
         assert self.model.input_size is not None, "the configuration is not resolved yet"
+        if self.model.backbone == "unet":
+            return self.model.input_size >> (self.model.depth - 1)
         return self.model.input_size // self.model.patch_size
+
+    @property
+    def probe_depths(self) -> int:
+        """At how many depths, from 1 on, the backbone has features: after each block, or in a U-Net's mid-block."""
+        return 1 if self.model.backbone == "unet" else self.model.depth
 
     @property
     def extra_fraction(self) -> float:
@@ -354,6 +365,14 @@ PRESETS: dict[str, Config] = {
         optim=OptimConfig(lr=5e-3, probe_lr=1e-2, schedule="cosine", warmup_steps=30, ema_decay=0.99),
         data=DataConfig(path="digits"),
         train=TrainConfig(steps=600, batch_size=128, log_every=20, checkpoint_every=200, sample_every=200),
+        sample=SampleConfig(sampler="heun", steps=25, cfg=1.5, num=100, batch_size=200),
+    ),
+    "quickstart-unet": Config(
+        model=ModelConfig(backbone="unet", depth=2, hidden_size=64, num_heads=4, layers_per_level=1, patch_size=1),
+        probe=ProbeConfig(depth=1, window_min=3),
+        optim=OptimConfig(lr=3e-3, probe_lr=1e-2, schedule="cosine", warmup_steps=30, ema_decay=0.99),
+        data=DataConfig(path="digits"),
+        train=TrainConfig(steps=300, batch_size=128, log_every=20, checkpoint_every=100, sample_every=100),
         sample=SampleConfig(sampler="heun", steps=25, cfg=1.5, num=100, batch_size=200),
     ),
     **{f"sit-{s}-{p}-256": _sit(s, p, 256) for s in _SIZES for p in (2, 4, 8)},

@@ -47,7 +47,7 @@ def _of_batch(state: State, step: int, batch: Batch) -> list[str]:
             )
         else:
             patches = objective.model.patches(noised.x_t, noised.t, batch.y)
-        causes["denoising loss"] = objective.ops.velocity_loss(patches, noised.v, config.model.patch_size)
+        causes["denoising loss"] = objective.ops.velocity_loss(patches, noised.v, objective.model.patch_size)
         if config.probe.enabled:
             causes["LSEP loss (its features)"] = features.sum(1)
         if batch.tokens is not None:

@@ -47,6 +47,8 @@ def parts() -> list[Part]:
     found.append(_package("triton", "triton", "kernels, and torch.compile on a GPU", "pip install triton"))
     found += _backends(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found.append(_package("tensorboard", "tensorboard", "event files of a run", "pip install tensorboard"))
+    purpose = "--model.backbone unet, --vae, lsep data encode"
+    found.append(_package("diffusers", "diffusers", purpose, 'pip install "diffusers>=0.32"'))
     install = "pip install --no-deps torch-fidelity==0.4.0"
     found.append(_package("torch-fidelity", "torch_fidelity", "lsep evaluate --features inception", install))
     found.append(_package("wandb", "wandb", "--train.wandb PROJECT", "pip install wandb"))

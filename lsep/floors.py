@@ -1,7 +1,8 @@
 """The floor of each room of a step: its matrix products at the device's rate, plus its bytes at the rate of a copy.
 
 The FLOPs are those of `lsep.flops`; the bytes are what the kernels of `lsep_kernels` read and write at least, forward
-and backward (docs/kernels.md). Element-wise work that an epilogue could do for nothing (biases, GELU) counts 0.
+and backward (docs/kernels.md). Element-wise work that an epilogue could do for nothing (biases, GELU) counts 0, and so
+does that of a U-Net, which has no kernels here.
 """
 
 import time
@@ -18,7 +19,7 @@ from lsep.plan import BranchPlan, branch_plan
 _ROOM_OF_PART = {
     "modulation": "adaLN", "qkv": "attention", "attention": "attention", "proj": "attention", "fc1": "MLP",
     "fc2": "MLP", "pooling": "probe", "probe head": "probe", "projector": "align",
-    "embedding": "other", "final layer": "other",
+    "embedding": "other", "final layer": "other", "U-Net": "other",
 }  # fmt: skip
 
 
@@ -90,21 +91,22 @@ def _bytes(config: Config, plan: BranchPlan, row_bytes: int) -> dict[str, float]
     m, probe, tokens = config.model, config.probe, config.grid**2
     assert m.in_channels is not None and m.input_size is not None
     element = 2 if config.train.precision == "bf16" else 4
-    rows_of = [plan.batch + (plan.extra if plan.probe and i < probe.depth else 0) for i in range(m.depth)]
-    # Of the probed block's second half the extra rows need none.
-    seams = sum(2 * rows for rows in rows_of) - (plan.extra if plan.probe else 0)
-    per_seam = 10 * element  # forward 4 tensors (x, y, x', h), backward 6
-    adaln = (per_seam * seams + 5 * element * rows_of[0]) * tokens * m.hidden_size
     latent = plan.batch * m.in_channels * m.input_size**2
     found: dict[str, float] = {
-        "adaLN": adaln,
         "interpolant": plan.batch * row_bytes + 8 * latent,
         "losses": (3 * element + 8) * latent,
     }
+    if m.backbone == "sit":
+        rows_of = [plan.batch + (plan.extra if plan.probe and i < probe.depth else 0) for i in range(m.depth)]
+        # Of the probed block's second half the extra rows need none.
+        seams = sum(2 * rows for rows in rows_of) - (plan.extra if plan.probe else 0)
+        per_seam = 10 * element  # forward 4 tensors (x, y, x', h), backward 6
+        found["adaLN"] = (per_seam * seams + 5 * element * rows_of[0]) * tokens * m.hidden_size
     if plan.probe:
         window = probe.window_min**2  # tokens outside the window are not read, but their gradient is written
         width, hidden = m.hidden_size, int(m.hidden_size * m.mlp_ratio)
         stream = plan.batch * width * element * (window + tokens)
-        gelu = plan.extra * hidden * element * (2 * window + tokens) if probe.pool_before_fc2 else 0
+        pooled_gelu = m.backbone == "sit" and probe.pool_before_fc2
+        gelu = plan.extra * hidden * element * (2 * window + tokens) if pooled_gelu else 0
         found["probe"] = stream + gelu
     return found

@@ -1,6 +1,6 @@
 """Model FLOPs of a training step, from the configuration and the branch plan; a multiply-add counts 2.
 
-Only products of matrices count: linear layers, the patch convolution, attention's two and pooling. The count is of what
+Only products of matrices count: linear layers, convolutions, attention's two and pooling. The count is of what
 the mathematics needs: a product's backward is its two gradients, without that of an operand that needs none (the image
 patches, the cosines of t, the pooling weights), and nothing that an implementation computes again. Norms, GELU, softmax
 and the optimizer are no products and count 0.
@@ -53,9 +53,9 @@ def parts(config: Config, plan: BranchPlan, probe_classes: int) -> dict[str, Flo
 
     `config` must be resolved; `probe_classes` is the manifest's. Parts: embedding, modulation, qkv, attention, proj,
     fc1, fc2, final layer, and with a probe pooling and probe head; `second pass: ` and modulation to fc2; with
-    alignment projector, but not the encoder.
+    alignment projector, but not the encoder. Of a U-Net all but pooling and probe head is one part, `U-Net`.
     """
-    found: dict[str, Flops] = {}
+    found: dict[str, Flops] = _unet(config, plan) if config.model.backbone == "unet" else {}
     for product in _products(config, plan, probe_classes):
         before, more = found.get(product.part, Flops(0, 0)), product.flops
         found[product.part] = Flops(before.forward + more.forward, before.training + more.training)
@@ -84,7 +84,7 @@ def per_image(flops: int, plan: BranchPlan) -> float:
 
 
 def second_pass_blocks(config: Config, plan: BranchPlan) -> float:
-    """What the second pass costs an image, in blocks: its linear layers over tokens beside those of one block.
+    """What the second pass of a SiT costs an image, in blocks: its linear layers over tokens beside those of one block.
 
     SiT-XL/2 with e = 0.8: 0.8 x (7 + 2/3) = 6.13 blocks of 28; `paper` without pooling before fc2: 8.
     """
@@ -104,22 +104,34 @@ def _products(config: Config, plan: BranchPlan, probe_classes: int) -> Iterator[
     m, rows, tokens = config.model, plan.batch, config.grid**2
     assert m.in_channels is not None
     width, patch = m.hidden_size, m.patch_size**2 * m.in_channels
-    yield Product("embedding", rows * tokens, patch, width, both_gradients=False)
-    yield Product("embedding", rows, _TIME_FEATURES, width, both_gradients=False)
-    yield Product("embedding", rows, width, width)
-    yield from _block(config, rows, m.depth)
-    yield Product("modulation", rows, width, 2 * width)  # of the final layer
-    yield Product("final layer", rows * tokens, width, patch)
+    if m.backbone == "sit":
+        yield Product("embedding", rows * tokens, patch, width, both_gradients=False)
+        yield Product("embedding", rows, _TIME_FEATURES, width, both_gradients=False)
+        yield Product("embedding", rows, width, width)
+        yield from _block(config, rows, m.depth)
+        yield Product("modulation", rows, width, 2 * width)  # of the final layer
+        yield Product("final layer", rows * tokens, width, patch)
+        if plan.probe:
+            yield from _second_pass(config, plan)
     if config.align.enabled:
         sizes = (width, config.align.projector_dim, config.align.projector_dim, config.align.width)
         for inner, columns in pairwise(sizes):
             assert inner is not None and columns is not None
             yield Product("projector", rows * tokens, inner, columns)
     if plan.probe:
-        yield from _second_pass(config, plan)
         # Of the samples without a second pass the probe reads the main pass.
         yield Product("pooling", rows, tokens, width, both_gradients=False)
         yield Product("probe head", rows, width, probe_classes)
+
+
+def _unet(config: Config, plan: BranchPlan) -> dict[str, Flops]:
+    """Of the whole U-Net over the batch, and of the extra rows down to the mid-block."""
+    from lsep.unet import count_flops  # nothing else here needs torch
+
+    found = {"U-Net": Flops(*(plan.batch * count for count in count_flops(config, probed=False)))}
+    if plan.probe and plan.extra:
+        found[SECOND + "U-Net"] = Flops(*(plan.extra * count for count in count_flops(config, probed=True)))
+    return found
 
 
 def _block(config: Config, rows: int, times: int, prefix: str = "") -> Iterator[Product]:

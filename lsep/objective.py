@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lsep import interpolant, probe
 from lsep.align import align_loss, build_projector, initialize_projector
+from lsep.backbone import Backbone, build
 from lsep.config import Config
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
@@ -45,7 +46,7 @@ class Objective(nn.Module):
         """`config` must be resolved against `manifest`; `ops` computes what the step is made of."""
         super().__init__()
         self.config, self.manifest, self.ops = config, manifest, ops
-        self.model = SiT(config, ops)
+        self.model: Backbone = build(config, ops)
         self.classifier = (
             probe.build_classifier(config.model.hidden_size, manifest.probe_classes) if config.probe.enabled else None
         )
@@ -141,6 +142,7 @@ class Objective(nn.Module):
         model, config = self.model, self.config.align
         if self.projectors is not None:
             assert tokens is not None, "alignment without an encoder's tokens"
+            assert isinstance(model, SiT), "see checks: other backbones are not aligned"
             found = model.forward_aligned(noised.x_t, noised.t, y, config.depth, second)
             with span("align"):
                 align = config.weight * align_loss(self.projectors[0](found.tokens), tokens)

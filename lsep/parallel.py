@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lsep.dist import World
+from lsep.model import SiT
 from lsep.objective import Losses, Objective
 
 
@@ -110,6 +111,7 @@ def shard(objective: Objective, world: World, compute: torch.dtype | None, reduc
     assert world.mesh is not None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     model = objective.model
+    assert isinstance(model, SiT)
     modulations = [cast(nn.Module, block.adaLN_modulation) for block in (*model.blocks, model.final_layer)]
     fully_shard(modulations, mesh=world.mesh, mp_policy=policy)
     for block in model.blocks:

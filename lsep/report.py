@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from lsep.backbone import NAMES, Backbone, described
 from lsep.config import Config, flat
 from lsep.data.manifest import Manifest
-from lsep.model import SiT
 from lsep.pages import page, picture, svg
 from lsep.run import Run, write_atomic
 
@@ -19,7 +19,7 @@ AGREEMENT_SAMPLES = 200
 
 
 def finish(
-    model: SiT,
+    model: Backbone,
     config: Config,
     manifest: Manifest,
     run: Run,
@@ -91,14 +91,14 @@ def render(run: Run) -> Path:
 
 def _summary(run: Run, config: Config, metrics: list[dict[str, Any]], results: dict[str, Any]) -> str:
     m, p, names = config.model, config.probe, run.manifest().class_names
+    place = "mid-block" if m.backbone == "unet" else f"depth {p.depth}"
     plan = (
-        f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, depth {p.depth}"
+        f"{p.branch}, e = {config.extra_fraction:g}, rho = {p.rho:g}, {place}"
         if p.enabled
-        else "off (plain SiT)"
+        else f"off (plain {NAMES[m.backbone]})"
     )
     rows = {
-        "model": f"SiT, {m.depth} blocks of width {m.hidden_size}, patch {m.patch_size}, "
-        f"{m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes"
+        "model": f"{described(m)}, {m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes"
         + (f" ({', '.join(names)})" if 0 < len(names) <= 20 else ""),
         "probe": plan,
         "progress": f"step {metrics[-1]['step'] if metrics else 0} of {config.train.steps}",

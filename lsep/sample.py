@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from lsep import backends, checkpoint
+from lsep.backbone import Backbone
 from lsep.config import BackendConfig, Config, SampleConfig
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
 from lsep.interpolant import Stream, velocity_to_score
-from lsep.model import SiT
 from lsep.objective import Objective
 from lsep.run import Run
 from lsep_kernels.reference import normal
@@ -95,7 +95,7 @@ def _dopri5(velocity: Velocity, x: Tensor) -> Tensor:
     return odeint(lambda t, x: velocity(x, float(t)), x, ends, method="dopri5", **DOPRI5_ERROR)[-1]
 
 
-def guided(model: SiT, y: Tensor, config: SampleConfig, weak: SiT | None = None) -> Velocity:
+def guided(model: Backbone, y: Tensor, config: SampleConfig, weak: Backbone | None = None) -> Velocity:
     """The model's velocity under labels y `(N,)`, where guidance acts extrapolated from the unlabelled one.
 
     weak: extrapolate from the velocity of this model under the same labels instead (autoguidance, arXiv 2406.02507).
@@ -117,14 +117,16 @@ def guided(model: SiT, y: Tensor, config: SampleConfig, weak: SiT | None = None)
 
 
 @torch.no_grad()
-def draw(model: SiT, config: Config, labels: Tensor, seed: int, first: int = 0, weak: SiT | None = None) -> Tensor:
+def draw(
+    model: Backbone, config: Config, labels: Tensor, seed: int, first: int = 0, weak: Backbone | None = None
+) -> Tensor:
     """Samples `(N, C, H, W)` float32 for labels `(N,)` on the model's device; image i has index `first + i`.
 
     weak: the model of autoguidance, see `guided`.
     """
     training = model.training
     model.eval()
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     shape = (config.model.in_channels or 0, config.model.input_size or 0, config.model.input_size or 0)
     if not config.model.conditional:
         labels = torch.full_like(labels, model.null_class)
@@ -195,7 +197,7 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     temporary.replace(path)
 
 
-def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[SiT, Config, Manifest, int]:
+def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Backbone, Config, Manifest, int]:
     """EMA model of a run's newest checkpoint (or that of `step`) in eval mode, configuration, data and step."""
     config, manifest = run.config(), run.manifest()
     path = checkpoint.find(run.checkpoints, step)

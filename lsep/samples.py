@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lsep import backends, checkpoint, sample, shards
+from lsep.backbone import Backbone
 from lsep.config import Config, DistConfig, SampleConfig
 from lsep.data.encode import fingerprint
 from lsep.data.manifest import Manifest
@@ -25,7 +26,6 @@ from lsep.decode import Decoder
 from lsep.dist import World, world
 from lsep.errors import UserError, shown
 from lsep.interpolant import Stream
-from lsep.model import SiT
 from lsep.parts import Parts, assemble
 from lsep.run import Run, write_atomic
 from lsep.sample import UNIT, Rounding
@@ -120,7 +120,7 @@ class Job:
                 if model is not None:
                     model.compile_blocks()
 
-    def _load_weak(self, place: str, device: str) -> SiT:
+    def _load_weak(self, place: str, device: str) -> Backbone:
         path, _, step = place.partition("@")
         if step and not step.isdecimal():
             raise UserError(f"--autoguidance is {shown(place)}, expected RUN or RUN@STEP")

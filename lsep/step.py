@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsep import backends, checkpoint
+from lsep import backbone, backends, checkpoint
 from lsep.align import take_projectors
+from lsep.backbone import Backbone
 from lsep.checks import check, resolve, resolve_align
 from lsep.config import Config
 from lsep.data import order
@@ -81,6 +82,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     begins: no checkpoint will be loaded, so that `train.init` counts.
     """
     check(config)
+    backbone.require(config)
     world = world or World(pick_device(config.train.device))
     device = world.device
     shards = config.optim.accumulate * world.size
@@ -111,6 +113,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     copies = bf16_copies(objective) if chosen.bf16_weights else None
     learning = copies or objective
     if chosen.joint_modulation:
+        assert isinstance(learning.model, SiT)
         learning.model.join_modulations()
     bf16 = config.train.precision == "bf16"
     parallel = _spread(config, world, learning, ema, _compiled(learning, chosen.compile))
@@ -162,7 +165,7 @@ def _spread(
     return Replicas(whole, learning.classifier, world, reduce)
 
 
-def average_model(state: State, everywhere: bool = False) -> SiT | None:
+def average_model(state: State, everywhere: bool = False) -> Backbone | None:
     """The backbone with the averaged weights, whole, on the first process or on all of them. All call it."""
     wanted = state.world.main or everywhere
     if state.world.mesh is None:
@@ -170,7 +173,7 @@ def average_model(state: State, everywhere: bool = False) -> SiT | None:
     weights = gathered(p.detach() for p in state.ema.model.parameters())
     if not wanted:
         return None
-    model = SiT(state.config, state.objective.ops).to(state.device).eval().requires_grad_(False)
+    model = backbone.build(state.config, state.objective.ops).to(state.device).eval().requires_grad_(False)
     for p, whole in zip(model.parameters(), weights, strict=True):
         p.copy_(whole)
     return model

@@ -35,7 +35,7 @@ ROOMS = (
 _ROOM_OF_RANGE = {
     r: r for r in ("attention", "MLP", "adaLN", "probe", "align", "interpolant", "losses", "optimizer", "data")
 }
-_ROOM_OF_RANGE |= {"embedding": "other", "final layer": "other"}
+_ROOM_OF_RANGE |= {"embedding": "other", "final layer": "other", "down": "other", "mid": "other", "up": "other"}
 _ROOM_OF_NAME = [
     (re.compile(pattern, re.IGNORECASE), room)
     for pattern, room in (

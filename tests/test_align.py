@@ -358,6 +358,7 @@ def test_what_cannot_be_meant_is_refused(
         ({"features": "f", "encoder": "e"}, "--align.encoder is 'e' and --align.features 'f', expected one of them"),
         ({"images": "i"}, "--align.images is 'i' without --align.encoder"),
         ({"features": "f", "depth": 4}, "--align.depth is 4, expected at most the model's 3 blocks"),
+        ({"features": "f", "backbone": "unet"}, "--model.backbone is 'unet', expected 'sit' with --align.encoder or"),
         ({"features": "f", "weight": -1.0}, "--align.weight is -1.0, expected at least 0"),
         ({"features": "f", "size": 3}, "--align.size is 3 without --align.encoder"),
         ({"features": str(tmp_path)}, r"no manifest.json there, expected a store of features \(lsep data features\)"),
@@ -379,7 +380,7 @@ def test_what_cannot_be_meant_is_refused(
         ),
     ):
         with pytest.raises(UserError, match=sentence):
-            setup(aligned(latents, **{f"align__{k}": v for k, v in given.items()}))
+            setup(aligned(latents, **{f"{'model' if k == 'backbone' else 'align'}__{k}": v for k, v in given.items()}))
     with pytest.raises(UserError, match="has images itself, expected no --align.images"):
         setup(aligned(tmp_path / "pixels", align__encoder=str(dino), align__images=str(images)))
     with pytest.raises(UserError, match="a store of features, expected images or latents"):

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from lsep import sample
+from lsep.backbone import Backbone
 from lsep.errors import UserError
 from lsep.evaluate.archives import Archive
 from lsep.evaluate.features import open_extractor
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
 from lsep.evaluate.images import of_rows
 from lsep.evaluate.reference import Reference, load, save, statistics
-from lsep.model import SiT
 from lsep.step import State, average_model
 
 REFERENCE_FILE = "reference.npz"
@@ -94,7 +94,7 @@ class Monitor:
             )
         return moments.gaussian()
 
-    def _draw(self, model: SiT, first: int, last: int) -> np.ndarray:
+    def _draw(self, model: Backbone, first: int, last: int) -> np.ndarray:
         config, manifest = self.state.config, self.state.source.manifest
         labels = sample.grid_labels(config.evaluate.num, manifest.num_classes)[first:last]
         return sample.to_arrays(sample.draw(model, config, labels, config.train.seed, first), manifest)

@@ -27,7 +27,7 @@ class ProbeArgs:
     """Flags of `lsep probe`."""
 
     depths: tuple[int, ...] | None = None
-    """Blocks whose output is probed, counted from 1; all when not given."""
+    """Blocks whose output is probed, counted from 1; all when not given. 1 for a U-Net, whose mid-block it is."""
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Times t, from 0 (data) to 1 (noise)."""
     num: int = 10_000
@@ -201,17 +201,22 @@ def _settings(
     args: ProbeArgs, run: "Run", source: "Source", test_source: "Source | None", encode: "Encode | None"
 ) -> "Settings":
     """What is measured on a run; raises UserError where that is not possible or takes more memory than --memory."""
+    from lsep.backbone import require
     from lsep.checkpoint import find
     from lsep.separability.features import split
     from lsep.separability.measure import Settings, cached_bytes
 
     config = run.config()
+    require(config)
     find(run.checkpoints, args.checkpoint)
-    blocks = config.model.depth
-    depths = args.depths or tuple(range(1, blocks + 1))
+    last = config.probe_depths
+    depths = args.depths or tuple(range(1, last + 1))
     for depth in depths:
-        if not 1 <= depth <= blocks:
-            raise UserError(f"--depths holds {depth}, but {run.path} has {blocks} blocks, expected from 1 to {blocks}")
+        if not 1 <= depth <= last:
+            has = f"{last} blocks, expected from 1 to {last}"
+            if config.model.backbone == "unet":
+                has = "features in its mid-block alone, expected 1"
+            raise UserError(f"--depths holds {depth}, but {run.path} has {has}")
     settings = Settings(
         tuple(sorted(depths)), tuple(sorted(args.times)), args.num, args.seeds, args.tokens, args.l2, args.batch_size
     )

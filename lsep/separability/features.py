@@ -5,12 +5,13 @@ and batch size and order change nothing. The same noise serves all times and run
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsep.backbone import Features
 from lsep.config import Config, ProbeConfig
 from lsep.data.manifest import Ids, Source
 from lsep.interpolant import Stream
@@ -18,19 +19,6 @@ from lsep_kernels.reference import interpolate, uniform, window_weights
 
 TEST_SHARE = 3
 """One image of this many is for testing."""
-
-
-class Features(Protocol):
-    """A model with token streams, above all `SiT`."""
-
-    @property
-    def null_class(self) -> int:
-        """The label that is none."""
-        ...
-
-    def features(self, x: Tensor, t: Tensor, y: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """The stream `(N, T, D)` after each block of `depths`."""
-        ...
 
 
 class Part(NamedTuple):

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsep.backbone import Features
 from lsep.config import Config
 from lsep.data.manifest import Source
 from lsep.errors import UserError
 from lsep.separability import linear, similarity
 from lsep.separability.encoder import Encode
-from lsep.separability.features import Batch, Features, Part, batches, choose_tokens, split
+from lsep.separability.features import Batch, Part, batches, choose_tokens, split
 from lsep_kernels.reference import pool
 
 Classifiers = dict[str, list[linear.Linear]]
@@ -31,7 +32,7 @@ class Settings:
     """What is measured."""
 
     depths: tuple[int, ...]
-    """Blocks, counted from 1."""
+    """Blocks, counted from 1; 1 is a U-Net's mid-block."""
     times: tuple[float, ...]
     num: int
     """Images of a seed, a third of them for testing."""

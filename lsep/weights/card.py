@@ -1,6 +1,7 @@
 """The model card of an export: what the weights are, how they were made, and how they are loaded."""
 
 from lsep import __version__
+from lsep.backbone import described
 from lsep.config import Config, flat
 from lsep.run import Run
 
@@ -16,26 +17,38 @@ weights = torch.load("model.pt", weights_only=True)["ema"]  # as SiT's sample.py
 model = DiTTransformer2DModel.from_pretrained(".")
 v = model(x_t, timestep=t, class_labels=y).sample""",
 }
+_LOAD_UNET = {
+    "safetensors": """from safetensors.torch import load_file
+
+weights = load_file("model.safetensors")  # under `unet.` those of diffusers' UNet2DModel""",
+    "diffusers": """from diffusers import UNet2DModel
+
+model = UNet2DModel.from_pretrained(".")
+predicted = model(x_t, timestep=1000 * t, class_labels=y).sample""",
+}
+_KINDS = {"sit": "flow transformer (SiT)", "unet": "U-Net"}
 _FIGURES = ("loss", "probe_accuracy", "train_seconds", "images_per_second", "agreement", "lsep_overhead", "machine")
 
 
 def text(run: Run, config: Config, form: str, part: str, step: int, notes: list[str]) -> str:
     """The card in Markdown."""
     m, p, manifest = config.model, config.probe, run.manifest()
-    lsep = f"probe on block {p.depth}, {p.branch}, rho {p.rho:g}" if p.enabled else "off"
+    unet = m.backbone == "unet"
+    place, load = ("the mid-block", _LOAD_UNET) if unet else (f"block {p.depth}", _LOAD)
+    lsep = f"probe on {place}, {p.branch}, rho {p.rho:g}" if p.enabled else "off"
     scaled = f"the model sees (latent - {manifest.shift:g}) * {manifest.scale:g}"
     if manifest.kind == "pixels":
         scaled = "the model sees pixels from -1 to 1"
     results = {k: v for k, v in run.results().items() if k in _FIGURES and v is not None}
     lines = [
         f"# {run.path.name}", "",
-        f"A class-conditional flow transformer (SiT) trained with lsep {__version__}; preset {run.preset()}.", "",
-        f"* {m.depth} blocks of width {m.hidden_size}, {m.num_heads} heads, patch {m.patch_size}",
+        f"A class-conditional {_KINDS[m.backbone]} trained with lsep {__version__}; preset {run.preset()}.", "",
+        f"* {described(m)}",
         f"* {manifest.kind}, {m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes; {scaled}",
         f"* label {m.num_classes} is no label; path {config.interpolant.path}",
         f"* weights: {part}, step {step}; LSEP (arXiv 2509.21565): {lsep}",
         *(f"* {note}" for note in notes), "",
-        "```python", _LOAD[form], "```", "",
+        "```python", load[form], "```", "",
     ]  # fmt: skip
     if results:
         lines += ["| figure of the run | |", "|---|---|", *(f"| {k} | {v} |" for k, v in results.items()), ""]

@@ -48,7 +48,8 @@ class ExportArgs:
     out: Path
     """Folder to be made, for the weights and their card."""
     format: Literal["safetensors", "sit", "diffusers"] = "safetensors"
-    """safetensors: our names and time; sit: for SiT's code; diffusers: a DiTTransformer2DModel's directory."""
+    """safetensors: our names and time; sit: for SiT's code; diffusers: a DiTTransformer2DModel's directory,
+    or a UNet2DModel's."""
     ema: bool = True
     """The averaged weights, not those being trained."""
     with_probe: bool = False

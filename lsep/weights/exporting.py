@@ -1,4 +1,4 @@
-"""`lsep export`: a run's weights as one file of safetensors, as SiT's own, or as a diffusers directory, with a card."""
+"""`lsep export`: a run's weights as safetensors, as SiT's own, or as a diffusers directory, with a card."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from lsep import __version__, checkpoint, shards
+from lsep import __version__, checkpoint, shards, unet
 from lsep.config import Config
 from lsep.errors import UserError
 from lsep.run import Run
@@ -49,8 +49,10 @@ def export(
         if not classifier:
             raise UserError(f"--with-probe: {run.path} was trained without a probe")
         backbone |= classifier
-    interpolant = config.interpolant
-    if form != "safetensors" and (interpolant.prediction != "v" or interpolant.path == "vp"):
+    interpolant, is_unet = config.interpolant, config.model.backbone == "unet"
+    if is_unet and form == "sit":
+        raise UserError(f"--format sit: {run.path} holds a U-Net, expected --format safetensors or diffusers")
+    if not is_unet and form != "safetensors" and (interpolant.prediction != "v" or interpolant.path == "vp"):
         raise UserError(
             f"--format {form} is for velocities on a linear or cosine path, and {run.path} predicts "
             f"{interpolant.prediction} on {interpolant.path}: expected --format safetensors"
@@ -86,6 +88,15 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: i
         return [
             f"SiT's time and velocity: t = 0 is noise, and at t stands minus our velocity of 1 - t, with {path}",
             "twice the output channels, as SiT with learn_sigma=True has; the second half, which it drops, is zero",
+        ]
+    if config.model.backbone == "unet":
+        state = {k.removeprefix("unet."): v.contiguous() for k, v in tensors.items()}
+        save_file(state, file, {"format": "pt"})
+        values = {"_class_name": "UNet2DModel", **unet.settings(config.model)}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        return [
+            f"predicts {config.interpolant.prediction} of {path}",
+            "`timestep` takes 1000 t, with t from 0 (data) to 1 (noise)",
         ]
     state, error = diffusers_dit.write(tensors)
     save_file(state, file, {"format": "pt"})

@@ -48,6 +48,8 @@ def recognise(raw: Raw, form: Form | None) -> Form:
             f"{raw.path}: LightningDiT's blocks (RMSNorm, SwiGLU, rotary positions) are other functions than SiT's, so "
             "its weights have no place here, expected SiT, REPA, LSEP, DiT or diffusers' DiTTransformer2DModel"
         )
+    if any(name.startswith("unet.") for name in names):
+        raise UserError(f"{raw.path}: holds a U-Net, expected the weights of a SiT or DiT")
     if raw.diffusers or form == "diffusers":
         if not raw.diffusers or form not in (None, "diffusers"):
             raise UserError(f"{raw.path}: --form is {form!r}, but a diffusers directory is one of form 'diffusers'")
