@@ -12,6 +12,7 @@ probe is fitted to the probed block's features.
 
 import argparse
 import json
+import os
 import platform
 import re
 import shlex
@@ -66,11 +67,13 @@ def run_all(
             continue
         print(f"row {i} of {len(chosen)}: {plan.key}", flush=True)
         start = time.perf_counter()
-        entry = row(
-            task, sizes, VARIANTS[plan.variant], plan.seed, folder / "-".join(re.findall("[A-Za-z0-9.]+", plan.key))
-        )
+        name = "-".join(re.findall("[A-Za-z0-9.]+", plan.key))
+        strips = results.with_suffix("") / name if plan.variant in MAIN and plan.seed == 0 else None
+        entry = row(task, sizes, VARIANTS[plan.variant], plan.seed, folder / name, strips)
         entry |= {"variant": plan.variant, "seed": plan.seed, "minutes": (time.perf_counter() - start) / 60}
         entry |= {"machine": machine(), "command": f"{command} --only {shlex.quote(plan.variant)} --seeds {plan.seed}"}
+        if strips:
+            entry["strips"] = str(strips.relative_to(results.parent))
         found |= {"task": task.name, "note": task.note, "distance": task.distance, "sizes": sizes.described()}
         found["rows"][plan.key] = entry
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -80,27 +83,31 @@ def run_all(
 
 
 def machine() -> str:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    return f"{platform.machine()}, {gpu}, Python {platform.python_version()}, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    return f"{platform.machine()}, {device}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 SIZES = {
-    ("digits", "cpu"): Sizes({"train.steps": 600}, points=3, samples=1000, samples_on_the_way=500, probed=1500),
+    ("digits", "cpu"): Sizes(
+        {"optim.schedule": "constant", "train.steps": 400}, points=4, samples=1000, samples_on_the_way=500, probed=1500
+    ),
     ("cifar10", "cpu"): Sizes(
         {"model.depth": 6, "model.hidden_size": 96, "model.num_heads": 4, "model.patch_size": 4, "probe.depth": 2,
-         "probe.window_min": 6, "optim.lr": 2e-3, "train.steps": 1500, "train.batch_size": 64},
-        points=3, samples=2000, samples_on_the_way=1000, probed=2000,
+         "probe.window_min": 6, "optim.lr": 2e-3, "optim.schedule": "constant", "train.steps": 800,
+         "train.batch_size": 64},
+        points=4, samples=500, samples_on_the_way=250, probed=1500,
     ),
     ("cifar10", "cuda"): Sizes(
         {"model.depth": 12, "model.hidden_size": 384, "model.num_heads": 6, "model.patch_size": 2, "probe.depth": 4,
          "probe.window_min": 12, "optim.lr": 5e-4, "optim.probe_lr": 1e-3, "optim.warmup_steps": 200,
-         "optim.ema_decay": 0.999, "train.steps": 4800, "train.batch_size": 256, "train.log_every": 100,
+         "optim.ema_decay": 0.999, "optim.schedule": "constant", "train.steps": 4800, "train.batch_size": 256, "train.log_every": 100,
          "sample.batch_size": 1000},
         points=6, samples=10_000, samples_on_the_way=5000, probed=10_000,
     ),
 }  # fmt: skip
 """By data and device; digits on a GPU have the sizes of a CPU. On a CPU the sizes follow from minutes, not from what
-the data deserves."""
+the data deserves. The rate is constant, so that a point on the way is no training cut short."""
 CPU_ROWS = 10_000
 """Training images of CIFAR-10 on a CPU."""
 
@@ -122,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.trial:
         changes = {**sizes.changes, "train.steps": 4, "model.depth": 2, "model.hidden_size": 32, "model.num_heads": 2}
         sizes = Sizes(changes, points=2, samples=20, samples_on_the_way=20, probed=60, times=(0.3,), sampler_steps=2)
-    command = f"python -m bench.study --data {args.data}" + (" --cifar10 FOLDER" if args.cifar10 else "")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = f"OMP_NUM_THREADS={threads} " if threads else ""
+    command += f"python -m bench.study --data {args.data}" + (" --cifar10 FOLDER" if args.cifar10 else "")
     try:
         rows = CPU_ROWS if (args.data, device) == ("cifar10", "cpu") else None
         task = open_task(args.data, args.cifar10, args.work / "data", rows)

@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MAIN = tuple(VARIANTS)[:5]
 SAMPLING_SEEDS = 3
 """Of the last point: the spread that sampling alone has."""
+STRIP = 20
+"""Images kept of each point, the classes in turn, from the same noise in every row."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,13 @@ class Sizes:
         return {**own, "times": list(self.times), **self.changes}
 
 
-def row(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
-    """Train, or go on with what an earlier call has trained, and judge; the folder is removed in the end."""
+def row(
+    task: Task, sizes: Sizes, variant: dict[str, Any], seed: int, folder: Path, strips: Path | None
+) -> dict[str, Any]:
+    """Train, or go on with what an earlier call has trained, and judge; the folder is removed in the end.
+
+    A few samples of each point go to `strips` as STEP.png.
+    """
     config = configuration(task, sizes, variant, seed)
     run = train(config, folder / "run", preset="quickstart")
     config, manifest = run.config(), run.manifest()
@@ -84,11 +91,13 @@ def row(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int, folder: Pa
             "step": step, "seconds": seconds[step], "distance": frechet_distance(gaussian(task, images), reference),
             "accuracy": accuracy(task, model, config, sizes),
         })  # fmt: skip
+        if strips:
+            strips.mkdir(parents=True, exist_ok=True)
+            sample.save_grid(images[:STRIP], strips / f"{step}.png", columns=STRIP)
     final = [
         frechet_distance(gaussian(task, draw(model, config, sizes.samples, s, manifest)), reference)
         for s in range(SAMPLING_SEEDS)
     ]
-    sample.save_grid(images[:50], folder.parent / f"{folder.name}.png", columns=10)
     shutil.rmtree(folder)
     return {
         "points": points, "final": final, "final_accuracy": points[-1]["accuracy"],

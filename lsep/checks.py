@@ -100,10 +100,6 @@ def _check_align(config: Config) -> None:
         value = getattr(a, name)
         _require(value is None or value >= 1, f"{_flag('align.' + name)} is {value}, expected None or at least 1")
     _require(
-        not a.enabled or config.model.backbone == "sit",
-        f"--model.backbone is {config.model.backbone!r}, expected 'sit' with --align.encoder or --align.features",
-    )
-    _require(
         not a.enabled or a.depth <= config.model.depth,
         f"--align.depth is {a.depth}, expected at most the model's {config.model.depth} blocks",
     )
@@ -124,6 +120,10 @@ def _check_sit(config: Config) -> None:
 
 def _check_unet(config: Config) -> None:
     m, values, defaults = config.model, flat(config), flat(Config())
+    _require(
+        not config.align.enabled,
+        f"--model.backbone is {m.backbone!r}, expected 'sit' with --align.encoder or --align.features",
+    )
     for name in _OF_SIT:
         _require(
             values[name] == defaults[name],
