@@ -101,8 +101,8 @@ SIZES = {
     ("cifar10", "cuda"): Sizes(
         {"model.depth": 12, "model.hidden_size": 384, "model.num_heads": 6, "model.patch_size": 2, "probe.depth": 4,
          "probe.window_min": 12, "optim.lr": 5e-4, "optim.probe_lr": 1e-3, "optim.warmup_steps": 200,
-         "optim.ema_decay": 0.999, "optim.schedule": "constant", "train.steps": 4800, "train.batch_size": 256, "train.log_every": 100,
-         "sample.batch_size": 1000},
+         "optim.ema_decay": 0.999, "optim.schedule": "constant", "train.steps": 4800, "train.batch_size": 256,
+         "train.log_every": 100, "sample.batch_size": 1000},
         points=6, samples=10_000, samples_on_the_way=5000, probed=10_000,
     ),
 }  # fmt: skip

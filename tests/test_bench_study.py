@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 
-from bench import study, study_row
+from bench import study, study_page, study_row
 from bench.study_row import configuration
 from bench.study_task import open_task
+from lsep.sample import save_grid
 
 
 def test_rows_are_kept_and_shown(
@@ -22,14 +26,50 @@ def test_rows_are_kept_and_shown(
         assert [p["step"] for p in row["points"]] == [2, 4] and len(row["final"]) == study_row.SAMPLING_SEEDS
         assert row["final"][0] > row["floor"] > 0 and row["points"][0]["seconds"] < row["points"][1]["seconds"]
     page = (tmp_path / "study.md").read_text()
-    assert (
-        "| shared, e = 0 | 1 |" in page and "python -m bench.study --data digits --only 'plain SiT' --seeds 3" in page
-    )
+    again = "python -m bench.study --data digits --only 'plain SiT' --seeds 3 --results runs/again --docs runs/again"
+    assert "| shared, e = 0 | 1 |" in page and again in page
     assert len(list(tmp_path.glob("study-digits-*.png"))) == 3
     monkeypatch.setattr(study, "row", lambda *args: pytest.fail("a row was run again"))
     assert study.main([*flags, "--only", "plain SiT", "--seeds", "3"]) == 0
     assert study.main([*flags[1:], "--only", "plain SiT", "--seeds", "3"]) == 2
     assert "holds rows of other sizes" in capsys.readouterr().err
+
+
+def test_what_the_page_says_of_rows(tmp_path: Path) -> None:
+    def made(variant: str, seconds: float, distance: float, accuracy: float, strips: bool) -> dict[str, Any]:
+        points = [
+            {"step": s, "seconds": seconds * s / 2, "distance": distance * 4 / s, "accuracy": accuracy} for s in (1, 2)
+        ]
+        entry = {"variant": variant, "seed": 0, "points": points, "final": [distance, distance * 2], "floor": 0.5}
+        entry |= {"final_accuracy": accuracy, "machine": "m", "command": f"python -m bench.study --only {variant!r}"}
+        if strips:
+            entry["strips"] = f"data/{variant}"
+            for point in points:
+                save_grid(np.zeros((3, 4, 4, 1), np.uint8), tmp_path / "data" / variant / f"{point['step']}.png")
+        return entry
+
+    rows = [made("plain SiT", 10, 4, 0.4, True), made("paper", 16, 2, 0.6, True), made("rho = 0", 12, 3, 0.5, False)]
+    found = {
+        "task": "digits",
+        "note": "Digits",
+        "distance": "FD",
+        "sizes": {"points": 2},
+        "rows": {r["variant"]: r for r in rows},
+    }
+    (tmp_path / "data.json").write_text(json.dumps(found))
+    (tmp_path / "findings.md").write_text("What follows.\n")
+    study_page.render(tmp_path, tmp_path)
+    page = (tmp_path / "study.md").read_text()
+    assert "What follows." in page and "| `points` | 2 |" in page and "| m | 3 |" in page
+    assert "| paper | 1 | 3.000 (2.000 to 4.000) | 0.600 | 16 | 1.60 |" in page
+    # Only after 10 s has every row a point: plain at its end, paper a quarter of the way from 8 s (distance 8) to 16 s (4) in the logarithm.
+    assert "| FD after | 10 s |" in page
+    assert study_page.at(rows[1], 10) == pytest.approx(8 * 0.5**0.25)
+    assert f"| paper | {8 * 0.5**0.25:.3f} |" in page
+    assert "over the 3 rows: -1.00" in page and study_page.shared_time(rows) == 10
+    values = [3.0, 1.0, 3.0, 2.0, 7.0]
+    assert list(study_page._ranks(values)) == list(scipy.stats.rankdata(values) - 1)
+    assert (tmp_path / "study-digits-samples.png").exists()
 
 
 def test_every_variant_is_a_configuration(tmp_path: Path) -> None:
