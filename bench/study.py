@@ -69,7 +69,7 @@ def run_all(
         start = time.perf_counter()
         name = "-".join(re.findall("[A-Za-z0-9.]+", plan.key))
         strips = results.with_suffix("") / name if plan.variant in MAIN and plan.seed == 0 else None
-        entry = row(task, sizes, VARIANTS[plan.variant], plan.seed, folder / name, strips)
+        entry = row(task, sizes, VARIANTS[plan.variant], plan.seed, folder / task.name / name, strips)
         entry |= {"variant": plan.variant, "seed": plan.seed, "minutes": (time.perf_counter() - start) / 60}
         entry |= {"machine": machine(), "command": f"{command} --only {shlex.quote(plan.variant)} --seeds {plan.seed}"}
         if strips:
