@@ -1,6 +1,7 @@
 """Checkpoints: weights, EMA and optimizer state, written while training goes on; whole or not there at all.
 
     RUN/checkpoints/0000200/shard-00000-{model,ema,optimizer}.safetensors, manifest.json
+    RUN/ema/0000200/         likewise, with the averages that `lsep ema reconstruct` makes others of
 
 All processes save together, each what it holds, through `torch.distributed.checkpoint`; any number of processes loads
 it, whole or in shards. A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill
@@ -12,10 +13,11 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -100,15 +102,30 @@ class Checkpoints:
             for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, progress: Progress, objective: Objective, ema: Objective, optimizer: Saved) -> None:
+    def save(
+        self,
+        progress: Progress,
+        objective: Objective,
+        ema: Objective,
+        optimizer: Saved,
+        averages: Mapping[str, Objective] = MappingProxyType({}),
+    ) -> None:
         """Copy the state to the host's memory and write it from there, while training goes on.
 
         From a GPU all is copied when this returns; on a CPU, which would stand still for it, before the next update.
         Waits for the save before. A disk that does not take it is a warning at the next call, and `finish`'s error.
+        averages: those beside `ema`, by the names of their parts.
         """
+        self._save(progress, _state(objective, ema, optimizer.tensors(), averages), optimizer)
+
+    def save_averages(self, progress: Progress, averages: Mapping[str, Objective]) -> None:
+        """As `save`, of averages alone; all is copied when this returns, on a CPU too."""
+        self._save(progress, _parts(averages), None)
+
+    def _save(self, progress: Progress, whole: dict[str, Tensor], optimizer: Saved | None) -> None:
         self.wait()
-        state, copied = self._deal(_state(objective, ema, optimizer.tensors())), threading.Event()
-        if self.cuda:
+        state, copied = self._deal(whole), threading.Event()
+        if self.cuda or optimizer is None:
             state = self._copy(state, copied)
         else:
             optimizer.before_step = copied.wait
@@ -143,7 +160,12 @@ class Checkpoints:
             self.stager.close()
 
     def load_newest(
-        self, objective: Objective, ema: Objective, optimizer: Optimizer, strict: bool = False
+        self,
+        objective: Objective,
+        ema: Objective,
+        optimizer: Optimizer,
+        strict: bool = False,
+        averages: Mapping[str, Objective] = MappingProxyType({}),
     ) -> Progress | None:
         """Load the newest whole checkpoint, None where there is none at all; a damaged one is named and passed over.
 
@@ -160,7 +182,7 @@ class Checkpoints:
         path, damage = choice
         if damage is not None:
             raise UserError(damage)
-        return None if path is None else load(path, objective, ema, optimizer)
+        return None if path is None else load(path, objective, ema, optimizer, averages)
 
     def _newest_whole(self, strict: bool) -> Path | None:
         found = steps(self.folder)
@@ -224,10 +246,19 @@ class Checkpoints:
             tqdm.write(f"lsep: warning: {text}", file=sys.stderr)  # does not tear the progress bar
 
 
-def _state(objective: Objective, ema: Objective, optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
+def _state(
+    objective: Objective,
+    ema: Objective,
+    optimizer: dict[str, Tensor],
+    averages: Mapping[str, Objective] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """All tensors of a checkpoint under their names in it."""
-    parts = zip(shards.PARTS, (weights(objective), weights(ema), optimizer), strict=True)
-    return {f"{part}.{name}": tensor for part, tensors in parts for name, tensor in tensors.items()}
+    moments = {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
+    return _parts({"model": objective, "ema": ema, **averages}) | moments
+
+
+def _parts(modules: Mapping[str, Objective]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part, module in modules.items() for name, tensor in weights(module).items()}
 
 
 def steps(folder: Path) -> list[Path]:
@@ -276,14 +307,20 @@ def progress_of(path: Path) -> Progress:
     return Progress(**known)
 
 
-def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer) -> Progress:
+def load(
+    path: Path,
+    objective: Objective,
+    ema: Objective,
+    optimizer: Optimizer,
+    averages: Mapping[str, Objective] = MappingProxyType({}),
+) -> Progress:
     """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit.
 
     Reads from its files what this process holds; their contents must have been checked.
     """
-    progress, found = progress_of(path), shards.describe(path)
-    state = _state(objective, ema, optimizer.templates())
-    for part in ("model", "ema"):
+    progress, found = progress_of(path), shards.describe(path, (*shards.PARTS, *averages))
+    state = _state(objective, ema, optimizer.templates(), averages)
+    for part in ("model", "ema", *averages):
         _require_fit(path, part, found, state)
     states = sorted(name for name in found if name.startswith("optimizer."))
     for name in states:
@@ -303,7 +340,7 @@ def load(path: Path, objective: Objective, ema: Objective, optimizer: Optimizer)
 
 
 def load_weights(path: Path, part: str, objective: Objective) -> None:
-    """Weights of the checkpoint `path`, `part` "model" or "ema" of it; its files of that part are checked first.
+    """Weights of the checkpoint `path`, `part` "model", "ema" or another average; its files are checked first.
 
     Raises UserError where one is damaged, and for every missing, unknown or misshapen tensor.
     """
@@ -339,7 +376,7 @@ def start_from(path: Path, objective: Objective) -> None:
 
 
 def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
-    """All tensors of a part ("model", "ema" or "optimizer") of the checkpoint `path`, whole, on the CPU."""
+    """All tensors of a part ("model", "ema", "optimizer", "power_0_05") of the checkpoint `path`, whole, on the CPU."""
     state = {k: torch.empty_like(v, device="cpu") for k, v in shards.describe(path, (part,)).items()}
     _read(path, state)
     return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items()}
@@ -364,7 +401,7 @@ def _read(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def consolidate(path: Path, out: Path) -> None:
-    """Write {model,ema,optimizer}.safetensors of a checkpoint into the new folder `out`, under the published names.
+    """Write {model,ema,optimizer,...}.safetensors of a checkpoint into the new folder `out`, under the published names.
 
     Raises UserError where the checkpoint is damaged, or `out` is there already or cannot be written.
     """
@@ -379,7 +416,7 @@ def consolidate(path: Path, out: Path) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for part in shards.PARTS:
+        for part in shards.read_manifest(path).parts:
             file = temporary / f"{part}.safetensors"
             save_file(read_tensors(path, part), file)
             shards.flush(file)

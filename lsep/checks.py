@@ -9,6 +9,7 @@ from dataclasses import replace
 from lsep.config import Config, ModelConfig, flat
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError, shown
+from lsep.power import NARROWEST, WIDEST
 
 _AT_LEAST_ONE = (
     "model.depth model.hidden_size model.num_heads model.layers_per_level model.patch_size probe.depth "
@@ -18,7 +19,8 @@ _AT_LEAST_ONE = (
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
-    "train.keep_last train.keep_every train.sample_every train.eval_every train.overhead_rounds sample.cfg align.weight"
+    "optim.ema_snapshot_every train.keep_last"
+    " train.keep_every train.sample_every train.eval_every train.overhead_rounds sample.cfg align.weight"
 ).split()
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()
@@ -75,9 +77,30 @@ def check(config: Config) -> None:
         f"--sample.guidance-low is {config.sample.guidance_low}, expected at most --sample.guidance-high "
         f"{config.sample.guidance_high}",
     )
+    _check_averages(config)
     if config.probe.enabled:
         _check_probe(config)
     _check_align(config)
+
+
+def _check_averages(config: Config) -> None:
+    optim = config.optim
+    for flag, values, fits, wanted in (
+        ("--optim.ema-extra", optim.ema_extra, lambda v: 0 <= v < 1, "from 0 to below 1"),
+        (
+            "--optim.ema-profiles",
+            optim.ema_profiles,
+            lambda v: NARROWEST <= v <= WIDEST,
+            f"from {NARROWEST} to {WIDEST}",
+        ),
+    ):
+        for value in values:
+            _require(fits(value), f"{flag} holds {value}, expected numbers {wanted}")
+            _require(values.count(value) == 1, f"{flag} holds {value} {values.count(value)} times, expected once")
+    _require(
+        optim.ema_snapshot_every == 0 or len(optim.ema_profiles) > 0,
+        f"--optim.ema-snapshot-every is {optim.ema_snapshot_every} without --optim.ema-profiles, which it copies",
+    )
 
 
 def _check_align(config: Config) -> None:

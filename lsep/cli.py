@@ -124,6 +124,8 @@ class SampleArgs:
     """Seed of the noise; image i depends on (seed, i) only."""
     checkpoint: int | None = None
     """Step of the checkpoint to use; the newest when not given."""
+    average: str = "ema"
+    """Another average that the checkpoint has, such as power_0_05 (see lsep ema list)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample; auto takes a GPU when there is one."""
     vae: str | None = None
@@ -229,6 +231,13 @@ def doctor(argv: Args) -> None:
     print(describe())
 
 
+def ema(argv: Args) -> None:
+    """list a run's averages, or make another one of them (EDM2): lsep ema --help"""
+    from lsep.ema_commands import main as ema_main
+
+    ema_main(argv)
+
+
 def data(argv: Args) -> None:
     """pack, encode, index, check, show or stage a data set: lsep data --help"""
     from lsep.data.commands import main as data_main
@@ -245,7 +254,7 @@ def checkpoint(argv: Args) -> None:
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
     c.__name__.rstrip("_"): c
-    for c in (train, sample, evaluate, probe, report, import_, export, checkpoint, data, presets, profile, doctor)
+    for c in (train, sample, evaluate, probe, report, import_, export, checkpoint, ema, data, presets, profile, doctor)
 }
 
 

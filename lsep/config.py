@@ -8,7 +8,7 @@ to every run as `config.json`. Nothing here imports torch.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lsep.errors import UserError, nearest, shown
 
@@ -153,6 +153,12 @@ class OptimConfig:
     """Steps of linear warm-up."""
     ema_decay: float = 0.9999
     """Decay per step of the exponential moving average of all weights."""
+    ema_extra: tuple[float, ...] = ()
+    """Decays of further averages, kept beside it."""
+    ema_profiles: tuple[float, ...] = ()
+    """Relative widths of averages by power functions (EDM2), such as 0.05 0.1; `lsep ema reconstruct` makes others."""
+    ema_snapshot_every: int = 0
+    """Steps between copies of those into RUN/ema, for that; 0 keeps none."""
     accumulate: int = 1
     """Micro-batches per step; must divide train.batch_size."""
 
@@ -407,6 +413,8 @@ def override(config: Config, values: dict[str, Any]) -> Config:
         part = getattr(config, section)
         if isinstance(value, int) and not isinstance(value, bool) and get_type_hints(type(part))[key] is float:
             value = _as_float(name, value)  # JSON and people write 1 for 1.0
+        if isinstance(value, list | tuple):  # JSON has no tuples
+            value = tuple(_as_float(name, v) if type(v) is int else v for v in value)
         _check_type(name, value, get_type_hints(type(part))[key])
         config = replace(config, **{section: replace(part, **{key: value})})
     return config
@@ -421,6 +429,10 @@ def _as_float(name: str, value: int) -> float:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     choices = get_args(hint)
+    if get_origin(hint) is tuple:
+        if type(value) is not tuple or not all(type(v) is choices[0] for v in value):
+            raise UserError(f"{name} is {shown(value)}, expected a list of {choices[0].__name__}s")
+        return
     if choices and not any(isinstance(c, type) for c in choices):  # Literal
         if value not in choices:
             raise UserError(f"{name} is {shown(value)}, expected one of {', '.join(map(repr, choices))}")

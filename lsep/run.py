@@ -1,6 +1,7 @@
 """A run directory: its configuration, its checkpoints, its metrics, its sample grids.
 
 RUN/config.json  metrics.jsonl  results.json  checkpoints/  samples/  tensorboard/  report.html
+RUN/ema/  copies of averages by power functions, where they are asked for (optim.ema_snapshot_every)
 RUN/lock  while a training runs: its host, its pid, when that process began, and since when it trains
 """
 
@@ -22,7 +23,8 @@ from lsep.errors import UserError, one_line, shown, told
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
     "data.path", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch", "data.crc",
-    "train.log_every", "train.memory", "train.weights", "train.fp8", "train.compile", "train.graphs",
+    "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights", "train.fp8", "train.compile",
+    "train.graphs",
     "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every", "train.eval_every",
     "train.overhead_rounds", "train.wandb", "train.max_skipped", "train.on_spike", "train.init", "train.spike_factor",
 }  # fmt: skip
@@ -47,6 +49,7 @@ class Run:
         self.metrics_file = self.path / "metrics.jsonl"
         self.results_file = self.path / "results.json"
         self.checkpoints = self.path / "checkpoints"
+        self.snapshots = self.path / "ema"
         self.samples = self.path / "samples"
         self.report_file = self.path / "report.html"
         self.lock_file = self.path / "lock"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsep import backends, checkpoint
+from lsep import averages, backends, checkpoint
 from lsep.backbone import Backbone
 from lsep.config import BackendConfig, Config, SampleConfig
 from lsep.data.manifest import Manifest
@@ -197,13 +197,19 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     temporary.replace(path)
 
 
-def load_ema(run: Run, step: int | None = None, device: str = "cpu") -> tuple[Backbone, Config, Manifest, int]:
-    """EMA model of a run's newest checkpoint (or that of `step`) in eval mode, configuration, data and step."""
+def load_ema(
+    run: Run, step: int | None = None, device: str = "cpu", average: str = "ema"
+) -> tuple[Backbone, Config, Manifest, int]:
+    """EMA model of a run's newest checkpoint (or that of `step`) in eval mode, configuration, data and step.
+
+    average: another of the checkpoint's (`lsep.averages`); raises UserError where it has none of that name.
+    """
     config, manifest = run.config(), run.manifest()
     path = checkpoint.find(run.checkpoints, step)
+    averages.require(average, path)
     # What a run was trained with need not be here; to sample, whatever runs will do.
     anywhere = replace(config, backend=BackendConfig(), train=replace(config.train, fp8=False))
     chosen = backends.choose(anywhere, torch.device(device))
     objective = Objective(config, manifest, chosen.ops)
-    checkpoint.load_weights(path, "ema", objective)
+    checkpoint.load_weights(path, average, objective)
     return objective.model.to(device).eval(), config, manifest, int(path.name)

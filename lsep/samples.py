@@ -52,6 +52,7 @@ class Request:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     autoguidance: str | None = None
+    average: str = "ema"
 
 
 def sample_run(
@@ -97,7 +98,7 @@ class Job:
     def __init__(self, run: Run, config: Config, request: Request, step: int | None, here: World) -> None:
         self.run, self.request, self.world = run, request, here
         device = str(here.device)
-        self.model, _, self.manifest, self.step = sample.load_ema(run, step, device)
+        self.model, _, self.manifest, self.step = sample.load_ema(run, step, device, request.average)
         precision = config.train.precision if request.precision == "auto" else request.precision
         self.config = replace(config, train=replace(config.train, precision=precision))
         for c in request.classes or ():
@@ -197,6 +198,7 @@ class Job:
         name = f"step-{self.step:07d}-{config.sampler}-{config.steps}-cfg-{config.cfg:g}-seed-{request.seed}"
         if config.cfg != 1 and (config.guidance_low, config.guidance_high) != (0, 1):
             name += f"-from-{config.guidance_low:g}-to-{config.guidance_high:g}"
+        name += "" if request.average == "ema" else f"-{request.average}"
         name += "" if request.classes is None else "-classes-" + "-".join(map(str, request.classes))
         name += "" if request.labels == "balanced" else "-random"
         return name + ("" if self.weak is None else "-auto") + ("" if self.decoder is None else "-decoded")

@@ -29,13 +29,14 @@ from torch.futures import Future
 from lsep.errors import UserError, shown, told
 
 PARTS = ("model", "ema", "optimizer")
-"""First words of the tensors' names; each has files of its own, so that one can be read and checked alone."""
+"""First words of the tensors' names in every checkpoint; further averages have their own (`lsep.averages`). Each part
+has files of its own, so that one can be read and checked alone."""
 MANIFEST = "manifest.json"
 _HEADER_LIMIT = 64 << 20
 """Bytes of a header or manifest that are read at most."""
 _CHUNK = 16 << 20
 """Bytes hashed and written at once, outside the interpreter's lock."""
-_FILE_NAME = re.compile(r"shard-[0-9]{5,}-(model|ema|optimizer)\.safetensors", re.ASCII)
+_FILE_NAME = re.compile(r"shard-[0-9]{5,}-(model|ema|optimizer|(ema|power)_[0-9_]+)\.safetensors", re.ASCII)
 _SHA256 = re.compile("[0-9a-f]{64}")
 _TYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -63,6 +64,11 @@ class Manifest:
     def bytes(self) -> int:
         """Size of all files."""
         return sum(file.bytes for file in self.files.values())
+
+    @property
+    def parts(self) -> list[str]:
+        """What the files hold."""
+        return sorted({_part(name) for name in self.files})
 
 
 # ---------------------------------------------------------------- writing
@@ -213,14 +219,17 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(values, files)
 
 
-def problems(path: Path, parts: tuple[str, ...] = PARTS, sha256: bool = True) -> list[str]:
-    """What is wrong with the checkpoint `path`, a sentence a file: manifest, sizes, headers, and contents by sha256."""
+def problems(path: Path, parts: tuple[str, ...] | None = None, sha256: bool = True) -> list[str]:
+    """What is wrong with the checkpoint `path`, a sentence a file: manifest, sizes, headers, and contents by sha256.
+
+    parts: those to look at; all that are there, and PARTS, when not given.
+    """
     try:
         manifest = read_manifest(path)
     except UserError as error:
         return [str(error)]
-    wanted = {name: file for name, file in manifest.files.items() if _part(name) in parts}
-    found = [f"{path}: no file of {part}" for part in parts if part not in {_part(name) for name in wanted}]
+    wanted = {name: file for name, file in manifest.files.items() if parts is None or _part(name) in parts}
+    found = [f"{path}: no file of {part}" for part in (PARTS if parts is None else parts) if part not in manifest.parts]
     found += [f"{p}: not in the manifest" for p in sorted(path.glob("*.safetensors")) if p.name not in manifest.files]
     with ThreadPoolExecutor(8) as pool:
         checked = pool.map(lambda name: _problem(path / name, wanted[name], sha256), wanted)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lsep import backbone, backends, checkpoint
 from lsep.align import take_projectors
+from lsep.averages import Averages, kept
 from lsep.backbone import Backbone
 from lsep.checks import check, resolve, resolve_align
 from lsep.config import Config
@@ -49,6 +50,8 @@ class State:
     learning: Objective
     """What has the gradients: `objective`, or its copy in bf16."""
     ema: Objective
+    averages: dict[str, Objective]
+    """Those beside `ema`, by their names in a checkpoint (`lsep.averages`)."""
     optimizer: Optimizer
     bf16: bool
     """Matmuls run in bf16, under autocast."""
@@ -110,18 +113,20 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
             take_projectors(objective.projectors, run.projectors_file)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
+    further = {name: copy.deepcopy(ema) for name in kept(config.optim)}
     copies = bf16_copies(objective) if chosen.bf16_weights else None
     learning = copies or objective
     if chosen.joint_modulation:
         assert isinstance(learning.model, SiT)
         learning.model.join_modulations()
     bf16 = config.train.precision == "bf16"
-    parallel = _spread(config, world, learning, ema, _compiled(learning, chosen.compile))
+    parallel = _spread(config, world, (learning, ema, *further.values()), _compiled(learning, chosen.compile))
     optimizer = build_optimizer(objective, ema, config.optim, chosen.optimizer, world, copies)
+    averages = Averages(objective, further, config.optim)
     at_step, at_epoch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
     own = range(world.rank * config.optim.accumulate, (world.rank + 1) * config.optim.accumulate)
     plans = {probe: [branch_plan(config, i, shards, probe) for i in own] for probe in (False, True)}
-    compute = partial(compute_step, parallel, optimizer, plans, at_step, at_epoch, bf16)
+    compute = partial(compute_step, parallel, optimizer, averages, plans, at_step, at_epoch, bf16)
     return State(
         config=config,
         source=source,
@@ -130,6 +135,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         objective=objective,
         learning=learning,
         ema=ema,
+        averages=further,
         optimizer=optimizer,
         bf16=bf16,
         compute=Graphs(compute, device) if chosen.graphs else compute,
@@ -146,10 +152,11 @@ def _compiled(objective: Objective, what: str) -> Callable[..., Losses]:
     return torch.compile(objective, fullgraph=True, dynamic=False) if what == "model" else objective
 
 
-def _spread(
-    config: Config, world: World, learning: Objective, ema: Objective, forward: Callable[..., Losses]
-) -> Parallel:
-    """`forward` over the processes of `world`; for fsdp the weights of `learning` and `ema` become shards."""
+def _spread(config: Config, world: World, modules: tuple[Objective, ...], forward: Callable[..., Losses]) -> Parallel:
+    """`forward` over the processes of `world`; for fsdp the weights of all `modules`, of which the first learns,
+    become shards.
+    """
+    learning = modules[0]
     if world.size == 1:
         return OneProcess(forward)
     bf16 = config.train.precision == "bf16"
@@ -157,7 +164,7 @@ def _spread(
     if world.mesh is not None:
         compute = torch.bfloat16 if bf16 and config.train.weights != "fp32" else None
         reduce = types.get(config.dist.reduce, compute or torch.float32)
-        for module in (learning, ema):
+        for module in modules:
             shard(module, world, compute, reduce)
         return Shards(learning, forward)
     reduce = types.get(config.dist.reduce, next(learning.parameters()).dtype)
@@ -210,6 +217,7 @@ def train_step(state: State, step: int, batches: list[Batch], probe: bool | None
 def compute_step(
     parallel: Parallel,
     optimizer: Optimizer,
+    averages: Averages,
     plans: dict[bool, list[BranchPlan]],
     at_step: Tensor,
     at_epoch: Tensor,
@@ -235,7 +243,8 @@ def compute_step(
     with span("optimizer"):
         parallel.finish()
         norm = optimizer.step()
+        finite = torch.isfinite(norm)
+        averages.update(finite, at_step)
     total = torch.stack(statistics).sum(0)
-    finite = torch.isfinite(norm)
     total = torch.where(finite, torch.cat([total[:2], norm[None], total[2:]]), 0)
     return torch.cat([total, (~finite)[None].to(total.dtype)])

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lsep import overhead, sample
+from lsep import checkpoint, overhead, sample, shards
+from lsep.averages import POWER
 from lsep.checkpoint import Checkpoints, Progress, latest
 from lsep.config import Config
 from lsep.data.loader import Batch
@@ -60,7 +61,10 @@ def train(
         here.on_main(take)
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
         stack.enter_context(closing(checkpoints))
-        _Training(state, run, checkpoints, monitor).run_from_newest(preset, strict)
+        snapshots = None
+        if state.config.optim.ema_snapshot_every:
+            snapshots = stack.enter_context(closing(Checkpoints(run.snapshots, world=here)))
+        _Training(state, run, checkpoints, snapshots, monitor).run_from_newest(preset, strict)
     return run
 
 
@@ -78,8 +82,11 @@ class _Outcome:
 class _Training:
     """One session of a run, on one of its processes."""
 
-    def __init__(self, state: State, run: Run, checkpoints: Checkpoints, monitor: Monitor | None) -> None:
+    def __init__(
+        self, state: State, run: Run, checkpoints: Checkpoints, snapshots: Checkpoints | None, monitor: Monitor | None
+    ) -> None:
         self.state, self.run, self.checkpoints, self.monitor = state, run, checkpoints, monitor
+        self.snapshots = snapshots
         self.world, self.settings = state.world, state.config.train
         self.logger: Logger | Quiet = Quiet()
         self.spikes = Spikes(self.settings.spike_factor)
@@ -96,7 +103,7 @@ class _Training:
             if self.run.results().get("steps") == progress.step == steps:
                 print(f"{self.run.path}: already at step {steps} of {steps}, nothing to train")
                 return None
-            self.run.forget_after(progress.step)
+            self.forget_after(progress.step)
             self.logger = Logger(self.run, progress.step, steps, self.settings.wandb, asdict(state.config))
             return [line["loss"] for line in self.run.metrics()]
 
@@ -114,6 +121,8 @@ class _Training:
                 outcome = self.train(progress, asked)
             self.world.at(f"the last write of the checkpoint of step {outcome.step}")
             self.checkpoints.finish()
+            if self.snapshots is not None:
+                self.snapshots.finish()
             if outcome.signum == signal.SIGINT:
                 raise KeyboardInterrupt
             if outcome.signum:
@@ -125,10 +134,17 @@ class _Training:
     def load(self, strict: bool = False) -> Progress:
         """The newest checkpoint's state, or the beginning."""
         state = self.state
-        found = self.checkpoints.load_newest(state.objective, state.ema, state.optimizer, strict)
+        found = self.checkpoints.load_newest(state.objective, state.ema, state.optimizer, strict, state.averages)
         progress = found or Progress(0, 0.0)
         state.offset = progress.data_offset
         return progress
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was written of later steps: they are lost, and will be run again, after a spike on other data."""
+        self.run.forget_after(step)
+        for path in checkpoint.steps(self.run.snapshots):
+            if int(path.name) > step:
+                shards.remove(path)
 
     def train(self, progress: Progress, asked: Callable[[], int]) -> _Outcome:
         """Loop until the end or a signal, going back to the last checkpoint after spikes that ask for it."""
@@ -138,6 +154,8 @@ class _Training:
             if not outcome.rollback:
                 return outcome
             self.checkpoints.wait()
+            if self.snapshots is not None:
+                self.snapshots.wait()
             offset = self.state.offset
             progress = self.load()
             rollbacks[progress.step] = rollbacks.get(progress.step, 0) + 1
@@ -148,7 +166,7 @@ class _Training:
                 )
             # What came between them and the checkpoint is left out, also by what is resumed from here.
             self.state.offset = offset + outcome.step - progress.step
-            self.world.on_main(partial(self.run.forget_after, progress.step))
+            self.world.on_main(partial(self.forget_after, progress.step))
             self.logger.say(
                 f"back at step {progress.step}; the data of {outcome.step - progress.step} steps is left out"
             )
@@ -190,7 +208,14 @@ class _Training:
                 with clock.paused():
                     gpu_seconds = line["gpu_seconds"] or progress.gpu_seconds  # a run may go on without a GPU
                     now = Progress(step, clock.seconds, gpu_seconds, state.offset)
-                    self.checkpoints.save(now, state.objective, state.ema, state.optimizer)
+                    self.checkpoints.save(now, state.objective, state.ema, state.optimizer, state.averages)
+            if self.snapshots is not None and (
+                step % state.config.optim.ema_snapshot_every == 0 or step == settings.steps
+            ):
+                world.at(f"the averages' copy of step {step}")
+                with clock.paused():
+                    profiles = {name: m for name, m in state.averages.items() if name.startswith(POWER)}
+                    self.snapshots.save_averages(Progress(step, clock.seconds), profiles)
             if settings.sample_every and step % settings.sample_every == 0 and step < settings.steps:
                 world.at(f"the samples of step {step}")
                 with clock.paused():

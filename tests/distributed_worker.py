@@ -27,7 +27,7 @@ def curve(config: Config, steps: int) -> dict[str, Tensor]:
         found = {
             "curve": torch.stack([here.average(train_step(state, i, batches)) for i, batches in enumerate(loader)])
         }
-        for name, module in (("weights", state.objective), ("ema", state.ema)):
+        for name, module in (("weights", state.objective), ("ema", state.ema), *state.averages.items()):
             found[name] = torch.cat([p.flatten() for p in gathered(p.detach() for p in module.parameters())])
         moments = [t for k, t in sorted(state.optimizer.tensors().items()) if k.startswith("exp_avg.")]
         return found | {"moments": torch.cat([t.flatten() for t in gathered(moments)])}

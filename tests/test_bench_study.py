@@ -62,7 +62,7 @@ def test_what_the_page_says_of_rows(tmp_path: Path) -> None:
     page = (tmp_path / "study.md").read_text()
     assert "What follows." in page and "| `points` | 2 |" in page and "| m | 3 |" in page
     assert "| paper | 1 | 3.000 (2.000 to 4.000) | 0.600 | 16 | 1.60 |" in page
-    # Only after 10 s has every row a point: plain at its end, paper a quarter of the way from 8 s (distance 8) to 16 s (4) in the logarithm.
+    # Only after 10 s has every row a point; paper is there a quarter of the way from 8 s (distance 8) to 16 s (4).
     assert "| FD after | 10 s |" in page
     assert study_page.at(rows[1], 10) == pytest.approx(8 * 0.5**0.25)
     assert f"| paper | {8 * 0.5**0.25:.3f} |" in page

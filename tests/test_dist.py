@@ -30,7 +30,10 @@ def torchrun(
 CASES: dict[str, dict[str, Any]] = {
     "shared": {},
     "paper": {"probe__branch": "paper"},
-    "accumulate": {"optim__accumulate": 2, "probe__end_step": 12, "backend__optimizer": "reference"},
+    "accumulate": {
+        "optim__accumulate": 2, "probe__end_step": 12, "backend__optimizer": "reference", "optim__ema_extra": (0.8,),
+        "optim__ema_profiles": (0.1,),
+    },
     "unet": {
         "model__backbone": "unet", "model__depth": 2, "model__layers_per_level": 1, "model__patch_size": 1,
         "probe__depth": 1,
@@ -60,5 +63,6 @@ def test_processes_have_the_losses_of_one(store: Path, tmp_path: Path, processes
         assert relative_error(many["curve"][:, 2], one["curve"][:, 2]) < 1e-4, name
         hits = many["curve"][:, 3:] * processes  # sums of a process's samples, averaged
         assert torch.equal(hits, one["curve"][:, 3:]), name
-        for kind in ("weights", "ema", "moments"):
+        for kind in one.keys() - {"curve"}:
             assert relative_error(many[kind], one[kind]) < 1e-3, (name, kind)
+    assert {"ema_0_8", "power_0_1"} < ones["accumulate"].keys()

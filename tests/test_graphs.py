@@ -47,6 +47,7 @@ def curve(state: State, steps: int) -> Tensor:
         {"train__precision": "bf16", "backend__optimizer": "csrc"},
         {"optim__accumulate": 2, "train__memory": "recompute-blocks"},
         {"train__memory": "recompute-elementwise"},
+        {"optim__ema_extra": (0.8,), "optim__ema_profiles": (0.1,)},
     ],
 )
 def test_replays_are_steps(store: Path, changes: dict[str, object]) -> None:
@@ -60,9 +61,10 @@ def test_replays_are_steps(store: Path, changes: dict[str, object]) -> None:
     recorded.compute = graphs = Recorded(recorded.compute, recorded.device)
     assert torch.equal(curve(recorded, steps), curve(eager, steps))
     assert graphs.captures == 2 and steps > 10 + WARM_UP
-    for module in ("objective", "ema"):
-        pairs = zip(getattr(recorded, module).parameters(), getattr(eager, module).parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
+    of_both = [(s.objective, s.ema, *s.averages.values()) for s in (recorded, eager)]
+    for modules in zip(*of_both, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in modules), strict=True))
+    assert len(of_both[0]) == 2 + 2 * ("optim__ema_extra" in changes)
 
 
 def test_graphs_that_cannot_be_are_refused(store: Path) -> None:

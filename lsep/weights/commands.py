@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lsep.arguments import Args, first_arguments, parse
+from lsep.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ExportArgs:
     or a UNet2DModel's."""
     ema: bool = True
     """The averaged weights, not those being trained."""
+    average: str = "ema"
+    """Another average that the checkpoint has, such as power_0_05 (see lsep ema list)."""
     with_probe: bool = False
     """With the probe's classifier (safetensors)."""
     checkpoint: int | None = None
@@ -66,5 +69,10 @@ def export_weights(argv: Args) -> None:
     from lsep.run import Run
     from lsep.weights.exporting import export as write
 
-    for sentence in write(Run.existing(path), args.format, args.out, args.ema, args.with_probe, args.checkpoint):
+    if not args.ema and args.average != "ema":
+        raise UserError(f"--no-ema and --average {args.average} exclude each other: expected one of them")
+    if args.average == "model":
+        raise UserError("--average is 'model', expected an average; --no-ema takes the weights in training")
+    part = args.average if args.ema else "model"
+    for sentence in write(Run.existing(path), args.format, args.out, part, args.with_probe, args.checkpoint):
         print(sentence)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from lsep import __version__, checkpoint, shards, unet
+from lsep import __version__, averages, checkpoint, shards, unet
 from lsep.config import Config
 from lsep.errors import UserError
 from lsep.run import Run
@@ -28,9 +28,11 @@ FILES = {"safetensors": "model.safetensors", "sit": "model.pt", "diffusers": "di
 
 
 def export(
-    run: Run, form: Format, out: Path, ema: bool = True, probe: bool = False, step: int | None = None
+    run: Run, form: Format, out: Path, part: str = "ema", probe: bool = False, step: int | None = None
 ) -> list[str]:
     """Write the folder `out` with the weights of a checkpoint and README.md, their card; sentences on what was done.
+
+    part: "ema", another of the averages, or "model", the weights being trained.
 
     Raises UserError, and writes nothing, where `out` is there already or the checkpoint is damaged.
     """
@@ -38,8 +40,9 @@ def export(
         raise UserError(f"--out {out}: is there already, expected a folder to be made")
     if probe and form != "safetensors":
         raise UserError(f"--with-probe is for --format safetensors: {form} has no place for a probe")
-    config, part = run.config(), "ema" if ema else "model"
-    folder = checkpoint.find(run.checkpoints, step)
+    config, folder = run.config(), checkpoint.find(run.checkpoints, step)
+    if part != "model":
+        averages.require(part, folder)
     for problem in shards.problems(folder, (part,)):
         raise UserError(problem)
     tensors = checkpoint.read_tensors(folder, part)

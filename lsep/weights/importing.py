@@ -1,15 +1,11 @@
 """`lsep import`: somebody's weights as a run of ours, to be sampled, evaluated, exported, and started from."""
 
-import shutil
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from lsep.checkpoint import Checkpoints, Progress
 from lsep.checks import check
 from lsep.config import Config
 from lsep.data.manifest import Kind, Manifest
@@ -18,7 +14,8 @@ from lsep.model import sincos_positions
 from lsep.objective import Objective
 from lsep.run import Run
 from lsep.weights.foreign import Foreign, Form, configuration, fit, recognise, translate
-from lsep.weights.read import Tensors, read
+from lsep.weights.making import make_run, require_new
+from lsep.weights.read import read
 
 
 @dataclass(frozen=True)
@@ -33,43 +30,24 @@ class Given:
     keep_projectors: bool = False
 
 
-class Untrained:
-    """The optimizer of imported weights: no step was taken, and that is all its state."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.before_step: Callable[[], object] = lambda: None
-        self.names = [name.removeprefix("model.") for name, _ in objective.named_parameters()]
-
-    def tensors(self) -> Tensors:
-        return {f"step.{name}": torch.zeros(()) for name in self.names}
-
-
 def import_weights(path: Path, out: Path, given: Given) -> list[str]:
     """Write the run `out` with the weights in `path` at step 0; returns sentences on what was done.
 
     Raises UserError, and writes nothing, where the file is no whole set of weights of a SiT or `out` is there already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already, expected a folder to be made")
+    require_new(out)
     raw = read(path, given.ema)
     found = translate(raw, recognise(raw, given.form))
     config = configuration(found, str(path), given.num_heads)
     check(config)
     manifest = _manifest(config, found, path, given)
     objective = _objective(config, manifest, found, str(path))
-    made, run = not out.exists(), Run(out)
-    try:
-        run.open(config, manifest, "imported")
-        with closing(Checkpoints(run.checkpoints)) as checkpoints:
-            checkpoints.save(Progress(0, 0.0), objective, objective, Untrained(objective))
-            checkpoints.finish()
+
+    def keep_projectors(run: Run) -> None:
         if given.keep_projectors and found.projectors:
             save_file({k: v.contiguous() for k, v in found.projectors.items()}, run.projectors_file)
-    except BaseException:
-        shutil.rmtree(out if made else run.checkpoints, ignore_errors=True)
-        if not made:
-            run.config_file.unlink(missing_ok=True)
-        raise
+
+    make_run(out, config, manifest, objective, "imported", more=keep_projectors)
     m = config.model
     said = f"{found.form}{f', its {raw.which} weights' if raw.which else ''}: {m.depth} blocks of width {m.hidden_size}"
     said += f", patch {m.patch_size}, {m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes"
