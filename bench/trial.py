@@ -50,6 +50,8 @@ def flags(config: Config) -> list[str]:
         if isinstance(value, bool):
             section, field = flag[2:].split(".")
             args.append(flag if value else f"--{section}.no-{field}")
+        elif isinstance(value, tuple):
+            args += [flag, *map(str, value)]
         else:
             args += [flag, str(value)]
     return args
