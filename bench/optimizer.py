@@ -151,8 +151,9 @@ def determinism(context: Context, section: Section, runs: int) -> Iterator[dict[
 
 def shapes_of(smoke: bool) -> list[tuple[int, ...]]:
     """The shapes of all parameters of SiT-XL/2, which is built without memory."""
-    from lsep.config import PRESETS, override
+    from lsep.config import override
     from lsep.model import SiT
+    from lsep.presets import PRESETS
 
     if smoke:
         return list(SMOKE_SHAPES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.section import ROOT, Section
 from bench.trial import Trial
-from lsep.config import PRESETS
+from lsep.presets import PRESETS
 from lsep.run import Run
 
 GROWTH = 20.0

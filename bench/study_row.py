@@ -11,10 +11,11 @@ import torch
 from bench.study_task import Images, Task
 from lsep import checkpoint, sample
 from lsep.backbone import Backbone
-from lsep.config import PRESETS, Config, override
+from lsep.config import Config, override
 from lsep.data.loader import open_source
 from lsep.data.manifest import Manifest
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
+from lsep.presets import PRESETS
 from lsep.separability.measure import Settings, Subject, measure
 from lsep.step import pick_device
 from lsep.train import train

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from bench.section import sentence
 from lsep import flops
-from lsep.config import PRESETS, Config, override
+from lsep.config import Config, override
 from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
 from lsep.graphs import WARM_UP, Graphs
 from lsep.model import SiT
+from lsep.presets import PRESETS
 from lsep.step import open_loader, setup, train_step
 from lsep_kernels import ops
 from lsep_kernels.reference import gate_residual

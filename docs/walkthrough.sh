@@ -15,7 +15,8 @@ import sys
 
 import torch
 
-from lsep.config import PRESETS, override
+from lsep.config import override
+from lsep.presets import PRESETS
 from lsep.model import SiT
 from lsep.weights.exporting import sit_state
 

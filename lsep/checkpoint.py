@@ -398,29 +398,3 @@ def _require_fit(path: Path, part: str, found: dict[str, Tensor], state: dict[st
 def _read(path: Path, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state`, or this process's shards of them, from the files of a checkpoint."""
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-
-
-def consolidate(path: Path, out: Path) -> None:
-    """Write {model,ema,optimizer,...}.safetensors of a checkpoint into the new folder `out`, under the published names.
-
-    Raises UserError where the checkpoint is damaged, or `out` is there already or cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out {out}: is there already, expected a new folder")
-    for problem in shards.problems(path):
-        raise UserError(problem)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for part in shards.read_manifest(path).parts:
-            file = temporary / f"{part}.safetensors"
-            save_file(read_tensors(path, part), file)
-            shards.flush(file)
-        temporary.rename(out)
-    except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"--out {out}: cannot be written ({error})") from None

@@ -1,5 +1,6 @@
 """The commands `lsep checkpoint ...`: one function each, heavy imports inside."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,6 @@ def consolidate(argv: Args) -> None:
         "Example: lsep checkpoint consolidate runs/quickstart --step 400 --out weights"
     )
     args: ConsolidateArgs = parse(ConsolidateArgs, argv, "lsep checkpoint consolidate RUN", text)
-    from lsep.checkpoint import consolidate as gather
     from lsep.checkpoint import find
     from lsep.run import Run
 
@@ -82,6 +82,35 @@ def consolidate(argv: Args) -> None:
     out = args.out or run.path / f"consolidated-{checkpoint.name}"
     gather(checkpoint, out)
     print(out)
+
+
+def gather(path: Path, out: Path) -> None:
+    """Write {model,ema,optimizer,...}.safetensors of a checkpoint into the new folder `out`, under the published names.
+
+    Raises UserError where the checkpoint is damaged, or `out` is there already or cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from lsep import shards
+    from lsep.checkpoint import read_tensors
+
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out {out}: is there already, expected a new folder")
+    for problem in shards.problems(path):
+        raise UserError(problem)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for part in shards.read_manifest(path).parts:
+            file = temporary / f"{part}.safetensors"
+            save_file(read_tensors(path, part), file)
+            shards.flush(file)
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 
 COMMANDS: dict[str, Callable[[Args], None]] = {"list": list_, "verify": verify, "consolidate": consolidate}

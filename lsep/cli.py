@@ -19,11 +19,12 @@ def train(argv: Args) -> None:
     import tyro
 
     from lsep import config as configuration
+    from lsep.presets import PRESETS, preset
 
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if name is None and not wants_help(argv):
-        raise UserError(f"lsep train: no preset comes first{nearest('', list(configuration.PRESETS))}")
-    start = configuration.preset(name) if name else configuration.PRESETS["quickstart"]
+        raise UserError(f"lsep train: no preset comes first{nearest('', list(PRESETS))}")
+    start = preset(name) if name else PRESETS["quickstart"]
 
     @dataclass(frozen=True)
     class TrainArgs:
@@ -37,7 +38,7 @@ def train(argv: Args) -> None:
 
     defaults = TrainArgs(config=start)
     description = (
-        "Train a preset. Presets: " + ", ".join(configuration.PRESETS) + ".\n\n"
+        "Train a preset. Presets: " + ", ".join(PRESETS) + ".\n\n"
         "Example: lsep train quickstart --train.steps 200 --run-dir runs/short"
     )
     args = parse(TrainArgs, argv[1:] if name else argv, f"lsep train {name or 'PRESET'}", description, defaults)
@@ -64,9 +65,10 @@ def profile(argv: Args) -> None:
     import tyro
 
     from lsep import config as configuration
+    from lsep.presets import PRESETS, preset
 
     (name,), flags = first_arguments("profile", ("PRESET",), argv)
-    start = configuration.PRESETS["quickstart"] if wants_help(argv) else configuration.preset(name)
+    start = PRESETS["quickstart"] if wants_help(argv) else preset(name)
 
     @dataclass(frozen=True)
     class ProfileArgs:
@@ -209,7 +211,7 @@ def report(argv: Args) -> None:
 def presets(argv: Args) -> None:
     """list the presets with their sizes and settings"""
     no_flags("presets", "List the presets.\n\nExample: lsep presets", argv)
-    from lsep.config import PRESETS
+    from lsep.presets import PRESETS
 
     columns = "".join(f"{name:>7}" for name in ("model", "depth", "width", "heads", "patch", "input", "batch"))
     print(f"{'preset':22}{columns}{'steps':>10}  probe")

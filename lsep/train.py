@@ -1,6 +1,6 @@
 """Training: the loop around `lsep.step`, with its logs, checkpoints, signals and what to do when it goes wrong.
 
-from lsep.config import PRESETS
+from lsep.presets import PRESETS
 from lsep.train import train
 train(PRESETS["quickstart"], "runs/mine")
 """

@@ -13,10 +13,11 @@ from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 
 from bench import scaling, step, variants
 from lsep.checks import resolve
-from lsep.config import PRESETS, Config
+from lsep.config import Config
 from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.plan import branch_plan
+from lsep.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 

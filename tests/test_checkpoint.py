@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from lsep import checkpoint, cli, shards
 from lsep.checkpoint import Checkpoints, Progress, read_tensors, weights
+from lsep.checkpoint_commands import gather
 from lsep.checks import resolve
 from lsep.data.writer import write_store
 from lsep.errors import UserError
@@ -377,16 +378,16 @@ def test_unwritable_folder_is_one_sentence(store: Path, tmp_path: Path, capsys: 
 def test_consolidated_files_have_the_published_names(store: Path, tmp_path: Path) -> None:
     state = trained(store)
     path, out = save(state, tmp_path / "c"), tmp_path / "out"
-    checkpoint.consolidate(path, out)
+    gather(path, out)
     assert sorted(p.name for p in out.iterdir()) == [f"{part}.safetensors" for part in ("ema", "model", "optimizer")]
     for part, truth in (("model", weights(state.objective)), ("optimizer", state.optimizer.tensors())):
         found = load_file(out / f"{part}.safetensors")
         assert found.keys() == truth.keys() and all(torch.equal(found[k], truth[k]) for k in truth)
     with pytest.raises(UserError, match=f"--out {out}: is there already, expected a new folder"):
-        checkpoint.consolidate(path, out)
+        gather(path, out)
     flip(path / "shard-00000-ema.safetensors", -5)
     with pytest.raises(UserError, match="damaged, sha256"):
-        checkpoint.consolidate(path, tmp_path / "other")
+        gather(path, tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "store"]
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import MANIFEST, tiny
 
 from lsep.checks import check, resolve
-from lsep.config import PRESETS
 from lsep.errors import UserError
+from lsep.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

@@ -4,8 +4,9 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from lsep.config import PRESETS, Config, flat, from_dict, override, preset
+from lsep.config import Config, flat, from_dict, override
 from lsep.errors import UserError
+from lsep.presets import PRESETS, preset
 from lsep.run import differences
 
 CONTRACT = (

@@ -8,9 +8,10 @@ import torch
 from conftest import MANIFEST, lively, relative_error, tiny
 
 from lsep.checks import resolve
-from lsep.config import PRESETS, Config, override
+from lsep.config import Config, override
 from lsep.model import SiT, sincos_positions
 from lsep.objective import Objective
+from lsep.presets import PRESETS
 
 IMAGENET = {"model.input_size": 32, "model.in_channels": 4, "model.num_classes": 1000}
 

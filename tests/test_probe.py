@@ -5,7 +5,7 @@ import torch
 from conftest import tiny
 
 from lsep import probe
-from lsep.config import PRESETS
+from lsep.presets import PRESETS
 
 
 def windows(step: int, ids: torch.Tensor, low: int = 2, high: int = 4, grid: int = 4) -> torch.Tensor:

@@ -14,12 +14,13 @@ from torch._dynamo.testing import CompileCounter
 
 from lsep import cli, floors, profile, ranges, trace
 from lsep.checks import resolve
-from lsep.config import PRESETS, override
+from lsep.config import override
 from lsep.data import loader
 from lsep.errors import UserError
 from lsep.flops import step_parts, total
 from lsep.objective import Objective
 from lsep.plan import branch_plan
+from lsep.presets import PRESETS
 from lsep.step import open_loader, setup, train_step
 
 CPU = torch.device("cpu")

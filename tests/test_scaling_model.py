@@ -9,8 +9,9 @@ import pytest
 
 from bench import scaling_check, scaling_model
 from bench.scaling_model import MODES, Cluster, Step, Work, collective, ddp, exposed, fsdp, ring, step
-from lsep.config import PRESETS, Config, override
+from lsep.config import Config, override
 from lsep.errors import UserError
+from lsep.presets import PRESETS
 
 XL = override(PRESETS["sit-xl-2-256"], {"model.in_channels": 4, "model.num_classes": 1000, "model.input_size": 32})
 PARAMETERS = 674_816_272

@@ -8,8 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from lsep.config import PRESETS, Config, ModelConfig, from_dict
+from lsep.config import Config, ModelConfig, from_dict
 from lsep.errors import UserError, shown, told
+from lsep.presets import PRESETS
 from lsep.weights import diffusers_dit
 from lsep.weights.convention import TIME, flip_time, refit
 from lsep.weights.read import Raw, Tensors, count_blocks
