@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import tiny
 from safetensors.torch import load_file
+from test_dist import torchrun
 
+from bench.trial import flags
 from lsep import checkpoint, cli, shards
 from lsep.averages import kept, part_name, part_value
 from lsep.checks import check
@@ -151,6 +153,19 @@ def test_reconstruction_is_the_average_itself(store: Path, trained: Run, tmp_pat
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert exported and all(torch.equal(v, tensors(found, "ema")[k]) for k, v in exported.items())
     train(tiny(data__path=str(store), train__steps=1, train__init=str(tmp_path / "new")), tmp_path / "started")
+
+
+def test_shards_of_two_processes_are_put_together(store: Path, tmp_path: Path) -> None:
+    asked = config(store, train__steps=4, optim__ema_snapshot_every=2, dist__mode="fsdp")
+    command = ["-m", "lsep", "train", "quickstart", *flags(asked), "--run-dir", str(tmp_path / "two")]
+    done = torchrun(2, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(asked, tmp_path / "one")
+    for name in ("one", "two"):
+        reconstruct(Run(tmp_path / name), tmp_path / f"new-{name}", 0.07, None, None)
+    one, two = (tensors(checkpoint.find(Run(tmp_path / f"new-{n}").checkpoints, 4), "ema") for n in ("one", "two"))
+    assert error(two, one) < 1e-5
+    assert len(list(checkpoint.find(Run(tmp_path / "two").snapshots, 4).glob("*.safetensors"))) == 4
 
 
 def test_few_copies_come_close_and_fewer_are_said(trained: Run, tmp_path: Path) -> None:
