@@ -54,11 +54,13 @@ _CAPTIONS = {
     "steps": "Distance and probe accuracy against steps; mean and range over seeds",
     "seconds": "The same against measured training seconds",
     "scatter": "Probe accuracy against distance, every row's last checkpoint",
-    "samples": "Samples of seed 0 at equal training time, from the same noise: each variant's last checkpoint by then",
+    "samples": "Samples of seed 0 at equal training time, from the same noise: each variant's last checkpoint by then, or "
+    "less than 5 % later",
 }
 _NOTES = (
     "Distances are means over sampling seeds and training seeds, in brackets the range over both; accuracies and "
-    "seconds have the range over training seeds. Seconds are those of training steps alone."
+    "seconds have the range over training seeds. Seconds are those of training steps alone, on a machine that others "
+    "use too; the FLOPs are what a quiet one would follow."
 )
 
 
@@ -79,15 +81,19 @@ def _seconds(row: dict[str, Any]) -> float:
 
 def _table(rows: Rows, distance: str) -> list[str]:
     head = ["variant", "training seeds", f"{distance} (test set: {rows[0]['floor']:.3f})", "probe accuracy"]
-    head += ["training seconds", "/ plain's"]
-    plain = [_seconds(r) for r in _of(rows, MAIN[0])]
+    head += ["training seconds", "/ plain's", "FLOPs / plain's"]
+    plain = _of(rows, MAIN[0])
+    all_seconds, all_flops = ([f(r) for r in plain] for f in (_seconds, lambda r: r["flops"]))
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for variant in VARIANTS:
         if own := _of(rows, variant):
             seconds = [_seconds(r) for r in own]
-            ratio = f"{statistics.mean(seconds) / statistics.mean(plain):.2f}" if plain else ""
+            ratios = [
+                f"{statistics.mean(own_values) / statistics.mean(values):.2f}" if values else ""
+                for own_values, values in ((seconds, all_seconds), ([r["flops"] for r in own], all_flops))
+            ]
             cells = [variant, str(len(own)), spread([d for r in own for d in r["final"]])]
-            cells += [spread([r["final_accuracy"] for r in own]), spread(seconds, 0), ratio]
+            cells += [spread([r["final_accuracy"] for r in own]), spread(seconds, 0), *ratios]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -188,7 +194,7 @@ def _at_equal_time(rows: Rows, results: Path) -> Any:
     kept = [r for r in rows if r.get("strips")]
     if not kept:
         return None
-    until = shared_time(kept)
+    until = 1.05 * shared_time(kept)
     figure = Figure(figsize=(10, 0.8 * len(kept)), layout="constrained")
     for axes, row in zip(figure.subplots(len(kept), 1, squeeze=False)[:, 0], kept, strict=True):
         point = [p for p in row["points"] if p["seconds"] <= until][-1:] or row["points"][:1]

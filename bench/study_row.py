@@ -15,6 +15,7 @@ from lsep.config import Config, override
 from lsep.data.loader import open_source
 from lsep.data.manifest import Manifest
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
+from lsep.flops import step_parts, total
 from lsep.presets import PRESETS
 from lsep.separability.measure import Settings, Subject, measure
 from lsep.step import pick_device
@@ -103,8 +104,19 @@ def row(
     return {
         "points": points, "final": final, "final_accuracy": points[-1]["accuracy"],
         "floor": frechet_distance(gaussian(task, task.test), reference),
+        "flops": training_flops(config, manifest.probe_classes),
         "images_per_second": config.train.steps * config.train.batch_size / seconds[step],
     }  # fmt: skip
+
+
+def training_flops(config: Config, probe_classes: int) -> float:
+    """Model FLOPs of a whole training, its steps without a probe counted as such."""
+    steps = config.train.steps
+    probed = min(steps, config.probe.end_step or steps) if config.probe.enabled else 0
+    with_probe, without = (
+        total(step_parts(config, probe_classes, p)).training if p or probed < steps else 0 for p in (True, False)
+    )
+    return float(probed * with_probe + (steps - probed) * without)
 
 
 def configuration(task: Task, sizes: Sizes, variant: dict[str, Any], seed: int) -> Config:

@@ -24,7 +24,11 @@ def test_rows_are_kept_and_shown(
     assert list(found["rows"]) == ["plain SiT, seed 3", "shared, e = 0, seed 3"]
     for row in found["rows"].values():
         assert [p["step"] for p in row["points"]] == [2, 4] and len(row["final"]) == study_row.SAMPLING_SEEDS
-        assert row["final"][0] > row["floor"] > 0 and row["points"][0]["seconds"] < row["points"][1]["seconds"]
+        assert (
+            row["final"][0] > row["floor"] > 0
+            and row["flops"] > 0
+            and row["points"][0]["seconds"] < row["points"][1]["seconds"]
+        )
     page = (tmp_path / "study.md").read_text()
     again = "python -m bench.study --data digits --only 'plain SiT' --seeds 3 --results runs/again --docs runs/again"
     assert "| shared, e = 0 | 1 |" in page and again in page
@@ -40,7 +44,14 @@ def test_what_the_page_says_of_rows(tmp_path: Path) -> None:
         points = [
             {"step": s, "seconds": seconds * s / 2, "distance": distance * 4 / s, "accuracy": accuracy} for s in (1, 2)
         ]
-        entry = {"variant": variant, "seed": 0, "points": points, "final": [distance, distance * 2], "floor": 0.5}
+        entry = {
+            "variant": variant,
+            "seed": 0,
+            "points": points,
+            "final": [distance, distance * 2],
+            "floor": 0.5,
+            "flops": seconds,
+        }
         entry |= {"final_accuracy": accuracy, "machine": "m", "command": f"python -m bench.study --only {variant!r}"}
         if strips:
             entry["strips"] = f"data/{variant}"
@@ -61,7 +72,7 @@ def test_what_the_page_says_of_rows(tmp_path: Path) -> None:
     study_page.render(tmp_path, tmp_path)
     page = (tmp_path / "study.md").read_text()
     assert "What follows." in page and "| `points` | 2 |" in page and "| m | 3 |" in page
-    assert "| paper | 1 | 3.000 (2.000 to 4.000) | 0.600 | 16 | 1.60 |" in page
+    assert "| paper | 1 | 3.000 (2.000 to 4.000) | 0.600 | 16 | 1.60 | 1.60 |" in page
     # Only after 10 s has every row a point; paper is there a quarter of the way from 8 s (distance 8) to 16 s (4).
     assert "| FD after | 10 s |" in page
     assert study_page.at(rows[1], 10) == pytest.approx(8 * 0.5**0.25)
