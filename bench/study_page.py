@@ -54,8 +54,8 @@ _CAPTIONS = {
     "steps": "Distance and probe accuracy against steps; mean and range over seeds",
     "seconds": "The same against measured training seconds",
     "scatter": "Probe accuracy against distance, every row's last checkpoint",
-    "samples": "Samples of seed 0 at equal training time, from the same noise: each variant's last checkpoint by then, or "
-    "less than 5 % later",
+    "samples": "Samples of seed 0 at equal training time, from the same noise: each variant's last checkpoint by then, "
+    "or less than 5 % later",
 }
 _NOTES = (
     "Distances are means over sampling seeds and training seeds, in brackets the range over both; accuracies and "
