@@ -163,8 +163,9 @@ def _curves(rows: Rows, distance: str, key: str, label: str) -> Any:
             y = [[p[what] for p in points] for points in zip(*runs, strict=True)]
             (line,) = axes.plot(x, [statistics.mean(v) for v in y], marker=".", label=variant)
             axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], alpha=0.15, color=line.get_color())
-        if what == "distance":
-            axes.axhline(rows[0]["floor"], color="gray", linestyle=":", label="test set")
+        floor = rows[0]["floor"]
+        if what == "distance" and floor > axes.get_ylim()[0] / 10:  # further down it would flatten the curves
+            axes.axhline(floor, color="gray", linestyle=":", label="test set")
         axes.set(title=title, xlabel=label, yscale="log" if what == "distance" else "linear")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
