@@ -83,6 +83,13 @@ def test_what_the_page_says_of_rows(tmp_path: Path) -> None:
     assert (tmp_path / "study-digits-samples.png").exists()
 
 
+def test_the_page_is_that_of_the_rows_kept(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    study_page.render(root / "bench" / "results" / "study", tmp_path)
+    assert (tmp_path / "study.md").read_text() == (root / "docs" / "study.md").read_text()
+    assert {p.name for p in tmp_path.glob("*.png")} == {p.name for p in (root / "docs").glob("study-*.png")}
+
+
 def test_every_variant_is_a_configuration(tmp_path: Path) -> None:
     from lsep.checks import resolve
     from lsep.data.store import Store
