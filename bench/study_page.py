@@ -31,13 +31,15 @@ def _chapter(found: dict[str, Any], results: Path, docs: Path) -> str:
     rows, name, distance = list(found["rows"].values()), found["task"], found["distance"]
     plots = {
         "steps": _curves(rows, distance, "step", "steps"),
-        "seconds": _curves(rows, distance, "seconds", "seconds"),
+        "seconds": _curves(timed(rows), distance, "seconds", "seconds"),
         "scatter": _scatter(rows, distance),
     }
     if strips := _at_equal_time(rows, results):
         plots["samples"] = strips
     lines = [f"## {name}", "", found["note"], "", *_sizes(found["sizes"]), "", *_table(rows, distance), "", _NOTES, ""]
-    lines += [*_times(rows, distance), "", correlation(rows, distance), ""]
+    if disturbed := [key for key, row in found["rows"].items() if row.get("disturbed")]:
+        lines += [f"Without the seconds of rows whose core had other work: {'; '.join(disturbed)}.", ""]
+    lines += [*_times(timed(rows), distance), "", correlation(rows, distance), ""]
     for kind, figure in plots.items():
         file = docs / f"study-{name}-{kind}.png"
         figure.savefig(file, dpi=90)
@@ -75,6 +77,11 @@ def _of(rows: Rows, variant: str) -> Rows:
     return [r for r in rows if r["variant"] == variant]
 
 
+def timed(rows: Rows) -> Rows:
+    """Those whose seconds mean something; a row is marked as `disturbed` by hand where its core had other work."""
+    return [r for r in rows if not r.get("disturbed")]
+
+
 def _seconds(row: dict[str, Any]) -> float:
     return float(row["points"][-1]["seconds"])
 
@@ -82,14 +89,14 @@ def _seconds(row: dict[str, Any]) -> float:
 def _table(rows: Rows, distance: str) -> list[str]:
     head = ["variant", "training seeds", f"{distance} (test set: {rows[0]['floor']:.3f})", "probe accuracy"]
     head += ["training seconds", "/ plain's", "FLOPs / plain's"]
-    plain = _of(rows, MAIN[0])
+    plain = timed(_of(rows, MAIN[0]))
     all_seconds, all_flops = ([f(r) for r in plain] for f in (_seconds, lambda r: r["flops"]))
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for variant in VARIANTS:
         if own := _of(rows, variant):
-            seconds = [_seconds(r) for r in own]
+            seconds = [_seconds(r) for r in timed(own)]
             ratios = [
-                f"{statistics.mean(own_values) / statistics.mean(values):.2f}" if values else ""
+                f"{statistics.mean(own_values) / statistics.mean(values):.2f}" if values and own_values else ""
                 for own_values, values in ((seconds, all_seconds), ([r["flops"] for r in own], all_flops))
             ]
             cells = [variant, str(len(own)), spread([d for r in own for d in r["final"]])]
@@ -143,7 +150,9 @@ def _ranks(values: list[float]) -> Any:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and, of several, their range."""
+    """Mean and, of several, their range; nothing of none."""
+    if not values:
+        return ""
     text = f"{statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 

@@ -77,6 +77,15 @@ def test_what_the_page_says_of_rows(tmp_path: Path) -> None:
     assert "| FD after | 10 s |" in page
     assert study_page.at(rows[1], 10) == pytest.approx(8 * 0.5**0.25)
     assert f"| paper | {8 * 0.5**0.25:.3f} |" in page
+    found["rows"]["paper"]["disturbed"] = True  # type: ignore[index]
+    (tmp_path / "data.json").write_text(json.dumps(found))
+    study_page.render(tmp_path, tmp_path)
+    marked = (tmp_path / "study.md").read_text()
+    assert (
+        "| paper | 1 | 3.000 (2.000 to 4.000) | 0.600 |  |  | 1.60 |" in marked
+        and "FD after | 5 s | 8 s | 10 s |" in marked
+    )
+    assert "other work: paper." in marked and "other work" not in page
     assert "over the 3 rows: -1.00" in page and study_page.shared_time(rows) == 10
     values = [3.0, 1.0, 3.0, 2.0, 7.0]
     assert list(study_page._ranks(values)) == list(scipy.stats.rankdata(values) - 1)
