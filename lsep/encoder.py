@@ -50,10 +50,12 @@ class Encoder:
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in given else {}
         try:
             found = self._tokens(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{flag} {name}: does not take images of {self.size} pixels ({told(error)})") from None
+        if found.ndim != 3:
+            raise UserError(f"{flag} {name}: gives {tuple(found.shape)}, expected (images, tokens, width)")
         self.width, more = found.shape[2], found.shape[1] - grid**2
-        if self.size // patch != grid or more < 0:
+        if self.size != grid * patch or more < 0:
             raise UserError(
                 f"{flag} {name}: {(self.size // patch) ** 2} patches of {patch} pixels of an input of {self.size}, "
                 f"expected {grid**2}, one a token of the model: give it {grid * patch} pixels"
@@ -104,7 +106,8 @@ def load(name: str, flag: str) -> tuple[nn.Module, tuple[Any, Any]]:
     model = getattr(model, "vision_model", model)
     if model.main_input_name != "pixel_values":
         raise UserError(f"{flag} {name}: a model of {model.main_input_name}, expected one of images")
-    return model.eval().requires_grad_(False), _normalisation(place, f"{flag} {name}")
+    # transformers 5 keeps a file's half precision; what is to run in bf16 does so under autocast.
+    return model.float().eval().requires_grad_(False), _normalisation(place, f"{flag} {name}")
 
 
 def _normalisation(place: str, where: str) -> tuple[Any, Any]:

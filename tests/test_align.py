@@ -1,5 +1,6 @@
 """REPA beside LSEP: the main pass's own tokens, an encoder's for the same images, wherever they come from."""
 
+import io
 import json
 from dataclasses import asdict
 from itertools import islice
@@ -23,6 +24,7 @@ from lsep.cli import main
 from lsep.config import Config
 from lsep.data.store import Store
 from lsep.data.writer import write_store
+from lsep.encoder import Encoder
 from lsep.errors import UserError
 from lsep.interpolant import noise
 from lsep.objective import Objective
@@ -337,6 +339,40 @@ def test_the_projectors_of_repa_are_taken_over(latents: Path, features: Path, tm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (640, 480), (256, 341), (600, 600)])
+def test_decoded_images_are_those_the_latents_have(shape: tuple[int, int]) -> None:
+    """JPEG, not square, with an orientation in its EXIF: the place and the direction of `center_crop`."""
+    pytest.importorskip("nvidia.dali")
+    from PIL import Image
+
+    from lsep.data.dali import Decoder
+    from lsep.data.images import center_crop, open_image
+
+    height, width = shape
+    rows, columns = np.mgrid[:height, :width] / 20.0
+    waves = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + 2 * columns)], -1) * 100 + 128
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(waves.astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
+    decoder = Decoder(1, 200, 1, torch.device("cpu"))
+    got = decoder([file.getvalue()], None, str)[0].numpy().astype(int)
+    cut = center_crop(open_image(Path("x"), file.getvalue()), 200).astype(int)
+    apart = [np.abs(got - np.roll(cut, by, axis)).mean() for by, axis in ((0, 1), (1, 1), (-1, 1), (1, 2), (-1, 2))]
+    assert apart[0] == min(apart) and apart[0] < 1.5, apart
+    assert decoder.pipe.exec_dynamic, "a GPU's stream orders the output of no other executor"
+
+
+def test_half_precision_files_run_in_float32(dino: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(dino).half().save_pretrained(tmp_path / "half")
+    encoder = Encoder(str(tmp_path / "half"), 4, torch.device("cpu"))
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match=r"input of 5\d, expected 16, one a token of the model"):
+        Encoder(str(dino), 4, torch.device("cpu"), size=encoder.size + 1)
 
 
 def test_what_cannot_be_meant_is_refused(

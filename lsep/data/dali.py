@@ -79,15 +79,17 @@ class Decoder:
             batch_size=count,
             num_threads=threads,
             device_id=(device.index or 0) if self.on_gpu else None,
-            # One batch goes in and comes out; on a GPU it is decoded while the step before still runs.
-            exec_pipelined=False,
-            exec_async=False,
+            # One batch goes in and comes out. The default executor is the one that orders its output on our stream.
+            prefetch_queue_depth=1,
         )
         with self.pipe:
             files = fn.external_source(name="files", dtype=kinds.UINT8, ndim=1)
-            images: Any = fn.decoders.image(files, device="mixed" if self.on_gpu else "cpu", output_type=kinds.RGB)
+            # As the latents were encoded (`lsep.data.images`): not turned by EXIF, cut where whole pixels begin.
+            images: Any = fn.decoders.image(
+                files, device="mixed" if self.on_gpu else "cpu", output_type=kinds.RGB, adjust_orientation=False
+            )
             images = fn.resize(images, resize_shorter=size, interp_type=kinds.INTERP_CUBIC, antialias=True)
-            images = fn.crop(images, crop=(size, size))
+            images = fn.crop(images, crop=(size, size), rounding="truncate")
             self.pipe.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
         self.pipe.build()
 

@@ -4,6 +4,7 @@ Rows, labels and mirror images are those of the store they belong to. Written li
 goes on, processes deal the shards among them.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,8 +64,19 @@ def write_features(
     place = pick_device(device, local)
     model = Encoder(encoder, side // patch_size, place, precision == "bf16", size, "--encoder")
     tokens = Tokens(source, found, model, batch_size, image_size or 8 * side, dtype)
-    identity = f"{model.fingerprint()} {precision} {batch_size} {tokens.image_size} of {source.path.resolve()}"
+    identity = (
+        f"{model.fingerprint()} {precision} {batch_size} {tokens.image_size} {place.type} of {_content(source, found)}"
+    )
     build(tokens, out, shard_rows, rank, world, identity=identity)
+
+
+def _content(source: Store, images: Images | None) -> str:
+    """What is encoded, so that a build that was killed does not go on with other images."""
+    manifest = source.path / "manifest.json"
+    text = f"{source.path.resolve()} {manifest.read_text() if manifest.is_file() else ''}"
+    if images is not None:
+        text += "\n".join([f" {images.folder.resolve()}", *images.paths])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass

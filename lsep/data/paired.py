@@ -107,6 +107,6 @@ def _listed(listing: Path) -> list[tuple[str, int]]:
     """Of `dataset.json` as EDM2 and REPA write it, {"labels": [["00000/img00000000.png", 6], ...]}, sorted by path."""
     try:
         listed = [(str(path), int(label)) for path, label in json.loads(listing.read_bytes())["labels"] or ()]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{listing}: cannot be read as a list of images ({told(error)})") from None
     return sorted(listed)
