@@ -107,23 +107,30 @@ def load(name: str, flag: str) -> tuple[nn.Module, tuple[Any, Any]]:
     if model.main_input_name != "pixel_values":
         raise UserError(f"{flag} {name}: a model of {model.main_input_name}, expected one of images")
     # transformers 5 keeps a file's half precision; what is to run in bf16 does so under autocast.
-    return model.float().eval().requires_grad_(False), _normalisation(place, f"{flag} {name}")
+    return model.float().eval().requires_grad_(False), _normalisation(place, f"{flag} {name}", model.config.model_type)
 
 
-def _normalisation(place: str, where: str) -> tuple[Any, Any]:
-    """Mean and deviation of its preprocessor_config.json, or ImageNet's."""
+def _normalisation(place: str, where: str, kind: str) -> tuple[Any, Any]:
+    """Mean and deviation that its preprocessor's file says; for DINO without one, ImageNet's."""
     from transformers.utils import cached_file
 
-    file = cached_file(
-        place, "preprocessor_config.json",
-        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    file = None
+    for name in ("preprocessor_config.json", "processor_config.json"):  # of a processor saved whole, by transformers 5
+        try:
+            file = file or cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        except Exception as error:  # the hub's client; without its file, other processes could see other images
+            raise UserError(f"{where}: {name} cannot be had ({told(error)})") from None
     if file is None:
+        if not kind.startswith("dino"):
+            raise UserError(
+                f"{where}: no preprocessor_config.json, expected one with the image_mean and image_std of this {kind}"
+            )
         return _IMAGENET
     try:
         values = json.loads(Path(file).read_bytes())
+        values = values.get("image_processor", values)
         found = tuple([float(v) for v in values[key]] for key in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {file} has no image_mean and image_std ({told(error)})") from None
     if any(len(v) != 3 for v in found) or not all(v > 0 for v in found[1]):
         raise UserError(f"{where}: {file}: image_mean and image_std are {found}, expected three numbers each")

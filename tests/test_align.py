@@ -365,6 +365,24 @@ def test_decoded_images_are_those_the_latents_have(shape: tuple[int, int]) -> No
     assert decoder.pipe.exec_dynamic, "a GPU's stream orders the output of no other executor"
 
 
+def test_a_clip_brings_its_own_normalisation(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=8, image_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no preprocessor_config.json, expected one with the image_mean"):
+        Encoder(str(tmp_path), 4, torch.device("cpu"))
+    mean, std = [0.481, 0.458, 0.408], [0.269, 0.261, 0.276]
+    for file, values in (
+        ("processor_config.json", {"image_processor": {"image_mean": mean, "image_std": std}}),
+        ("preprocessor_config.json", {"image_mean": std, "image_std": mean}),  # goes before the other
+    ):
+        (tmp_path / file).write_text(json.dumps(values))
+        encoder = Encoder(str(tmp_path), 4, torch.device("cpu"))
+        wanted = mean if file.startswith("processor") else std
+        assert encoder.mean.flatten().tolist() == pytest.approx(wanted) and encoder.width == 16
+
+
 def test_half_precision_files_run_in_float32(dino: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 

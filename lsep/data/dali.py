@@ -108,7 +108,9 @@ class Decoder:
         images = torch.from_dlpack(out.as_tensor())
         if flips is None or not flips.any():
             return images
-        mirrored = torch.from_numpy(flips).to(self.device)[:, None, None, None]
+        own = torch.from_numpy(flips)
+        own = own.pin_memory() if self.on_gpu else own  # from other memory the host would wait for the step before
+        mirrored = own.to(self.device, non_blocking=True)[:, None, None, None]
         return torch.where(mirrored, images.flip(-1), images)
 
 
