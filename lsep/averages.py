@@ -36,9 +36,14 @@ def kept(config: OptimConfig) -> dict[str, float]:
     return {part_name(kind, value): value for kind, value in wanted}
 
 
+def among(parts: list[str]) -> list[str]:
+    """Those parts of a checkpoint that are averages."""
+    return [part for part in parts if part == EMA or part_value(part) is not None]
+
+
 def require(name: str, path: Path) -> None:
     """Raise UserError unless the checkpoint `path` holds the average `name`."""
-    there = [part for part in shards.read_manifest(path).parts if part == EMA or part_value(part) is not None]
+    there = among(shards.read_manifest(path).parts)
     if name not in there:
         raise UserError(f"--average is {shown(name)}, and {path} has {', '.join(there)}")
 

@@ -36,6 +36,8 @@ from lsep.optim import Optimizer
 
 # A single process is the common case here, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+HEADS = ("classifier.", "projectors.")
+"""First words of the names of weights that are not the backbone's."""
 
 
 @dataclass(frozen=True)
@@ -308,12 +310,9 @@ def progress_of(path: Path) -> Progress:
 
 
 def load(
-    path: Path,
-    objective: Objective,
-    ema: Objective,
-    optimizer: Optimizer,
+    path: Path, objective: Objective, ema: Objective, optimizer: Optimizer,
     averages: Mapping[str, Objective] = MappingProxyType({}),
-) -> Progress:
+) -> Progress:  # fmt: skip
     """Put a checkpoint into modules and optimizer of the same configuration; raises UserError when it does not fit.
 
     Reads from its files what this process holds; their contents must have been checked.
@@ -360,7 +359,7 @@ def start_from(path: Path, objective: Objective) -> None:
     for problem in shards.problems(path, ("ema",)):
         raise UserError(problem)
     found, taken = shards.describe(path, ("ema",)), {}
-    heads = ("ema.classifier.", "ema.projectors.")
+    heads = tuple(f"ema.{head}" for head in HEADS)
     own = {f"ema.{name}": tensor for name, tensor in weights(objective).items() if name != "pos_embed"}
     for name, tensor in own.items():
         there = found.pop(name, None)

@@ -19,8 +19,8 @@ _AT_LEAST_ONE = (
 ).split()
 _AT_LEAST_ZERO = (
     "probe.weight_start probe.weight_end optim.lr optim.probe_lr optim.weight_decay optim.warmup_steps train.seed "
-    "optim.ema_snapshot_every train.keep_last"
-    " train.keep_every train.sample_every train.eval_every train.overhead_rounds sample.cfg align.weight"
+    "optim.ema_snapshot_every train.keep_last train.keep_every train.sample_every train.eval_every "
+    "train.overhead_rounds sample.cfg align.weight"
 ).split()
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()

@@ -28,7 +28,7 @@ def list_(argv: Args) -> None:
     text = "List a run's averages; contents are not read.\n\nExample: lsep ema list runs/quickstart"
     no_flags("ema list RUN", text, argv)
     from lsep import shards
-    from lsep.averages import EMA, part_value
+    from lsep.averages import among
     from lsep.checkpoint import steps
     from lsep.run import Run
 
@@ -42,7 +42,7 @@ def list_(argv: Args) -> None:
             damage = shards.problems(folder, tuple(manifest.parts), sha256=False)
             manifest = None if damage else manifest
         size = f"{manifest.bytes / 1e6:12,.1f}" if manifest else " " * 12
-        names = [p for p in manifest.parts if p == EMA or part_value(p) is not None] if manifest else damage[:1]
+        names = among(manifest.parts) if manifest else damage[:1]
         print(f"{int(folder.name):10}{size}  {', '.join(names)}{' (copy)' if copy and manifest else ''}")
 
 

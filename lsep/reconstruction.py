@@ -1,6 +1,5 @@
 """`lsep ema reconstruct`: an average of another length, out of the copies a training has left (EDM2, section 3.2)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,23 +78,16 @@ def _combined(config: Config, run: Run, found: list[Base], shares: Array) -> Obj
         objective = Objective(config, run.manifest())
     wanted = {name: tensor.shape for name, tensor in checkpoint.weights(objective).items()}
     total: dict[str, Tensor] = {}
-    for base, tensors in _read(found):
+    for base, share in zip(found, shares, strict=True):  # one by one: together they are larger than memory
+        tensors = checkpoint.read_tensors(base.path, base.part)
         if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
             raise UserError(f"{base.path}: {base.part} holds other tensors than the model of {run.config_file}")
-        share = float(shares[found.index(base)])
         for name, tensor in tensors.items():
             own = total.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64))
-            own.add_(tensor.double(), alpha=share)
-    heads = ("classifier.", "projectors.")
-    state = {k if k.startswith(heads) else f"model.{k}": v.float() for k, v in total.items()}
+            own.add_(tensor.double(), alpha=float(share))
+    state = {k if k.startswith(checkpoint.HEADS) else f"model.{k}": v.float() for k, v in total.items()}
     objective.load_state_dict(state, assign=True)
     return objective
-
-
-def _read(found: list[Base]) -> Iterator[tuple[Base, dict[str, Tensor]]]:
-    """One copy after the other: all of them together are larger than memory."""
-    for base in found:
-        yield base, checkpoint.read_tensors(base.path, base.part)
 
 
 def _list(steps: list[int]) -> str:

@@ -46,7 +46,7 @@ def export(
     for problem in shards.problems(folder, (part,)):
         raise UserError(problem)
     tensors = checkpoint.read_tensors(folder, part)
-    backbone = {k: v for k, v in tensors.items() if not k.startswith(("classifier.", "projectors."))}
+    backbone = {k: v for k, v in tensors.items() if not k.startswith(checkpoint.HEADS)}
     if probe:
         classifier = {k: v for k, v in tensors.items() if k.startswith("classifier.")}
         if not classifier:
