@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lsep import unet
 from lsep.config import Config, ModelConfig
 from lsep.model import SiT
+from lsep.passes import Aligned, Second
 from lsep_kernels.ops import REFERENCE, Ops
 
 NAMES = {"sit": "SiT", "unet": "U-Net"}
@@ -60,6 +61,10 @@ class Backbone(Features, Protocol):
         The features of the last `len(extra_y)` samples are those under the labels `extra_y`, the others' those of the
         main pass.
         """
+        ...
+
+    def forward_aligned(self, x: Tensor, t: Tensor, y: Tensor, tokens_at: int, second: Second | None = None) -> Aligned:
+        """`patches`, or with `second` what `forward_with_probe` gives, and the main pass's tokens at that depth."""
         ...
 
     def initialize(self, generator: torch.Generator) -> None:

@@ -122,8 +122,13 @@ def _check_align(config: Config) -> None:
     for name in ("image_size", "size", "width"):
         value = getattr(a, name)
         _require(value is None or value >= 1, f"{_flag('align.' + name)} is {value}, expected None or at least 1")
+    unet = config.model.backbone == "unet"
     _require(
-        not a.enabled or a.depth <= config.model.depth,
+        not (a.enabled and unet) or a.depth == 1,
+        f"--align.depth is {a.depth}, expected 1: what is aligned of a U-Net is its mid-block",
+    )
+    _require(
+        not a.enabled or unet or a.depth <= config.model.depth,
         f"--align.depth is {a.depth}, expected at most the model's {config.model.depth} blocks",
     )
 
@@ -143,10 +148,6 @@ def _check_sit(config: Config) -> None:
 
 def _check_unet(config: Config) -> None:
     m, values, defaults = config.model, flat(config), flat(Config())
-    _require(
-        not config.align.enabled,
-        f"--model.backbone is {m.backbone!r}, expected 'sit' with --align.encoder or --align.features",
-    )
     for name in _OF_SIT:
         _require(
             values[name] == defaults[name],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lsep import memory
 from lsep.config import Config
 from lsep.interpolant import inside, to_velocity
+from lsep.passes import Aligned, Second
 from lsep.ranges import span
 from lsep_kernels.joint_linear import join, joint_linear
 from lsep_kernels.ops import REFERENCE, Ops
@@ -199,26 +200,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, h: Activation) -> Tensor:
         return self.linear(plain(h))
-
-
-class Aligned(NamedTuple):
-    """What a pass gives whose tokens are aligned."""
-
-    patches: Tensor
-    """The prediction `(N, T, p p C)`."""
-    features: Tensor | None
-    """The probe's `(N, D)` float32, where there was a second pass to ask for."""
-    tokens: Tensor
-    """The main pass's after a block `(N, T, D)`."""
-
-
-class Second(NamedTuple):
-    """The probe's part of a joint pass, see `SiT.forward_with_probe`."""
-
-    extra_y: Tensor
-    depth: int
-    window: Tensor
-    pool_before_fc2: bool = True
 
 
 class SiT(nn.Module):

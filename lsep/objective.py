@@ -16,7 +16,7 @@ from lsep.config import Config
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
 from lsep.interpolant import Stream
-from lsep.model import Second, SiT
+from lsep.passes import Second
 from lsep.plan import BranchPlan
 from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
@@ -142,7 +142,6 @@ class Objective(nn.Module):
         model, config = self.model, self.config.align
         if self.projectors is not None:
             assert tokens is not None, "alignment without an encoder's tokens"
-            assert isinstance(model, SiT), "see checks: other backbones are not aligned"
             found = model.forward_aligned(noised.x_t, noised.t, y, config.depth, second)
             with span("align"):
                 align = config.weight * align_loss(self.projectors[0](found.tokens), tokens)

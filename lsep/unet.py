@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lsep.config import Config, ModelConfig
 from lsep.errors import UserError
 from lsep.interpolant import inside, to_velocity
+from lsep.passes import Aligned, Second
 from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
 from lsep_kernels.reference import unpatchify
@@ -84,10 +85,7 @@ class UNet(nn.Module):
 
     def patches(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction (v, or e or x) as patches of one pixel `(N, H W, C)`, see `unpatchify`."""
-        with span("embedding"):
-            c, h = self._times(t) + self.unet.class_embedding(y), self.unet.conv_in(x)
-        h, skips = self._down(h, c)
-        return self._up(h, skips, c)
+        return self._pass(x, t, y).patches
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """The mid-block's output `(N, T, D)` for each of `depths`, all of which are 1; the way up does not run."""
@@ -106,24 +104,36 @@ class UNet(nn.Module):
         depth is 1; pool_before_fc2 has no meaning here, as there is no fc2. window `(N, T)` holds each sample's pooling
         weights. Returns `(N, H W, C)` and `(N, D)` float32.
         """
-        assert depth == 1, depth
-        rows, extra = len(x), len(extra_y)
-        keep = rows - extra
+        patches, features, _ = self._pass(x, t, y, Second(extra_y, depth, window, pool_before_fc2))
+        assert features is not None
+        return patches, features
+
+    def forward_aligned(self, x: Tensor, t: Tensor, y: Tensor, tokens_at: int, second: Second | None = None) -> Aligned:
+        """`patches`, or with `second` what `forward_with_probe` gives, and the mid-block's tokens, at depth 1."""
+        assert tokens_at == 1, tokens_at
+        return self._pass(x, t, y, second)
+
+    def _pass(self, x: Tensor, t: Tensor, y: Tensor, second: Second | None = None) -> Aligned:
+        """Patches, the probe's features with `second`, and the main rows' tokens of the mid-block."""
+        assert second is None or second.depth == 1, second
+        rows, extra = len(x), len(second.extra_y) if second else 0
+        keep, features = rows - extra, None
         with span("embedding"):
             times, h = self._times(t), self.unet.conv_in(x)
             c = joint = times + self.unet.class_embedding(y)
-            if extra:
+            if second and extra:
                 h = torch.cat([h, h[keep:]])
-                joint = torch.cat([c, times[keep:] + self.unet.class_embedding(extra_y)])
+                joint = torch.cat([c, times[keep:] + self.unet.class_embedding(second.extra_y)])
         h, skips = self._down(h, joint)
-        with span("probe"):
-            probed = _tokens(h)
-            if extra:
-                probed = torch.cat([probed[:keep], probed[rows:]])
-            features = self.ops.pool(probed, window)
+        if second:
+            with span("probe"):
+                probed = _tokens(h)
+                if extra:
+                    probed = torch.cat([probed[:keep], probed[rows:]])
+                features = self.ops.pool(probed, second.window)
         if extra:
             h, *skips = (part.split([rows, extra])[0] for part in (h, *skips))
-        return self._up(h, skips, c), features
+        return Aligned(self._up(h, skips, c), features, _tokens(h))
 
     def _times(self, t: Tensor) -> Tensor:
         """Times `(N,)` in [0, 1], embedded `(N, 4 x the first level's channels)`."""

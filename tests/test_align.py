@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -358,7 +359,7 @@ def test_decoded_images_are_those_the_latents_have(shape: tuple[int, int]) -> No
     file = io.BytesIO()
     Image.fromarray(waves.astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
     decoder = Decoder(1, 200, 1, torch.device("cpu"))
-    got = decoder([file.getvalue()], None, str)[0].numpy().astype(int)
+    got = decoder([file.getvalue()], None, lambda place: Path())[0].numpy().astype(int)
     cut = center_crop(open_image(Path("x"), file.getvalue()), 200).astype(int)
     apart = [np.abs(got - np.roll(cut, by, axis)).mean() for by, axis in ((0, 1), (1, 1), (-1, 1), (1, 2), (-1, 2))]
     assert apart[0] == min(apart) and apart[0] < 1.5, apart
@@ -412,7 +413,6 @@ def test_what_cannot_be_meant_is_refused(
         ({"features": "f", "encoder": "e"}, "--align.encoder is 'e' and --align.features 'f', expected one of them"),
         ({"images": "i"}, "--align.images is 'i' without --align.encoder"),
         ({"features": "f", "depth": 4}, "--align.depth is 4, expected at most the model's 3 blocks"),
-        ({"features": "f", "backbone": "unet"}, "--model.backbone is 'unet', expected 'sit' with --align.encoder or"),
         ({"features": "f", "weight": -1.0}, "--align.weight is -1.0, expected at least 0"),
         ({"features": "f", "size": 3}, "--align.size is 3 without --align.encoder"),
         ({"features": str(tmp_path)}, r"no manifest.json there, expected a store of features \(lsep data features\)"),
@@ -434,7 +434,7 @@ def test_what_cannot_be_meant_is_refused(
         ),
     ):
         with pytest.raises(UserError, match=sentence):
-            setup(aligned(latents, **{f"{'model' if k == 'backbone' else 'align'}__{k}": v for k, v in given.items()}))
+            setup(aligned(latents, **{f"align__{k}": v for k, v in given.items()}))
     with pytest.raises(UserError, match="has images itself, expected no --align.images"):
         setup(aligned(tmp_path / "pixels", align__encoder=str(dino), align__images=str(images)))
     with pytest.raises(UserError, match="a store of features, expected images or latents"):
@@ -443,21 +443,64 @@ def test_what_cannot_be_meant_is_refused(
         batches(aligned(latents, align__encoder=str(dino), align__images=str(images), data__loader="resident"))
 
 
-def test_a_damaged_image_is_named_or_passed_over(latents: Path, images: Path, dino: Path, tmp_path: Path) -> None:
-    """One that is no image ends the run with its name; one that is gone can be skipped like a damaged row."""
-    import shutil
-
+@pytest.mark.parametrize("damage", [b"no image", b"", None])
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_damaged_image_is_named_or_passed_over(
+    latents: Path, images: Path, dino: Path, pixels: np.ndarray, tmp_path: Path, loader: str, damage: bytes | None
+) -> None:
+    """What is no image, empty or a link to nowhere ends the run with its name, or is skipped like a damaged row: with the next two,
+    one of which shows its damage only once it has taken the first one's place."""
     copy = tmp_path / "images"
     shutil.copytree(images, copy)
-    given = {"align__encoder": str(dino), "align__images": str(copy), "train__batch_size": 10}
-    (copy / "00001" / "img00000013.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"img00000013.png: cannot be decoded, expected an image"):
+    given = {"align__encoder": str(dino), "align__images": str(copy), "data__loader": loader, "train__batch_size": 10}
+    skip = aligned(latents, **given, data__on_corrupt="skip")
+    whole = [i for step in batches(skip, 3) for batch in step for i in batch.id.tolist()]
+    bad = whole[3:5] + whole[12:13]
+    for sample in bad:
+        file = copy / f"{sample // 10:05d}" / f"img{sample:08d}.png"
+        file.unlink()
+        file.symlink_to("nowhere") if damage is None else file.write_bytes(damage)
+    name = f"img{bad[0]:08d}.png: (cannot be read|is empty, expected an image).*sample {bad[0]}"
+    with pytest.raises(UserError, match=name):
         batches(aligned(latents, **given), 3)
-    state = setup(aligned(latents, **given, data__on_corrupt="skip"))
-    (copy / "00001" / "img00000013.png").unlink()
-    loader = open_loader(state, 0, 3)
-    ids = [i for step in loader for batch in step for i in batch.id.tolist()]
-    assert loader.skipped == 1 and 13 not in ids
+    found = []
+    for _ in range(2):
+        opened = open_loader(setup(skip), 0, 6)
+        steps = [[b.clone() for b in step] for step in opened]
+        found.append([batch.id.tolist() for step in steps for batch in step])
+        first = [i for batch in found[-1][:3] for i in batch]
+        assert first[3] == first[4] == whole[5] and first[12] == whole[13] and len(first) == len(whole)
+        assert opened.skipped == 6 and not set(bad) & {i for batch in found[-1] for i in batch}
+        _check_tokens(steps, dino, pixels, Store(latents))
+    assert found[0] == found[1]
+
+
+def test_what_dali_does_not_read_pillow_does(tmp_path: Path) -> None:
+    """A GIF under another name, as the latents were made of it; the images beside it as they are without it."""
+    from PIL import Image
+
+    from lsep.data.dali import Decoder, Undecodable
+    from lsep.data.images import center_crop, open_image
+
+    def jpg(place: int) -> Path:
+        return Path("abc"[place] + ".jpg")
+
+    rng, files = np.random.default_rng(3), []
+    for kind in ("PNG", "GIF", "JPEG"):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(file, kind)
+        files.append(file.getvalue())
+    decoder = Decoder(3, 32, 2, torch.device("cpu"))
+    beside = decoder([files[0], files[0], files[2]], None, jpg).clone()
+    got = decoder(files, np.array([False, True, True]), jpg)
+    gif = torch.from_numpy(center_crop(open_image(tmp_path, files[1]), 32))
+    assert torch.equal(got[0], beside[0]) and torch.equal(got[1], gif.flip(-1))
+    assert torch.equal(got[2], beside[2].flip(-1))
+    cut = files[2][: len(files[2]) // 2]
+    with pytest.raises(Undecodable, match=r"^b.jpg: cannot be read as an image \(OSError: .*truncated") as caught:
+        decoder([files[1], cut, files[0]], None, jpg)
+    assert caught.value.place == 1
+    assert torch.equal(decoder([files[0], files[0], files[2]], None, jpg), beside)
 
 
 def test_bad_input_of_the_command(

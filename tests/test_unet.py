@@ -14,10 +14,11 @@ import torch
 from conftest import MANIFEST, lively, random_batch, relative_error, tiny
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from lsep import checkpoint, cli, flops, probe, sample
 from lsep.backbone import Backbone, build
-from lsep.checks import check, resolve
+from lsep.checks import check, resolve, resolve_align
 from lsep.config import Config, from_dict
 from lsep.diagnose import not_finite
 from lsep.errors import UserError
@@ -76,7 +77,7 @@ def test_backbones_have_the_protocols_methods(backbone: str) -> None:
     model = build(resolve(small() if backbone == "unet" else tiny(), MANIFEST))
     assert isinstance(model, Backbone) and isinstance(model, UNet if backbone == "unet" else SiT)
     assert not isinstance(torch.nn.Linear(1, 1), Backbone)
-    for name in ("features", "patches", "forward_with_probe", "initialize", "compile_blocks"):
+    for name in ("features", "patches", "forward_with_probe", "forward_aligned", "initialize", "compile_blocks"):
         assert inspect.signature(getattr(type(model), name)) == inspect.signature(getattr(Backbone, name)), name
     assert inspect.signature(type(model).forward) == inspect.signature(Backbone.__call__)
     assert model.null_class == 5 and model.patch_size == (1 if backbone == "unet" else 2)
@@ -118,6 +119,41 @@ def test_joint_pass_equals_two_passes(branch: tuple[str, float | None]) -> None:
             assert joint_gradient[name].abs().max() < 1e-6 * largest
             continue
         assert relative_error(joint_gradient[name], truth[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("changes", [{}, {"probe__branch": "paper"}, {"probe__enabled": False}])
+def test_the_mid_block_is_aligned_in_the_same_pass(changes: dict[str, Any]) -> None:
+    """REPA on a U-Net: the main pass's mid-block as diffusers' own forward has it, and no more FLOPs (under 1e-5)."""
+    given = {"align__features": "x", "align__depth": 1, "align__projector_dim": 16}
+    config = resolve_align(resolve(small(**given, **changes), MANIFEST), (24, 16))
+    objective, plan, batch = lively(Objective(config, MANIFEST)), branch_plan(config), random_batch(10)
+    model, wanted = objective.model, torch.randn(10, 16, 24, generator=torch.Generator().manual_seed(5))
+    with FlopCounterMode(display=False) as counter:
+        losses = objective(batch._replace(tokens=wanted), plan, STEP, EPOCH)
+        got = gradient(objective, losses.total)
+    assert isinstance(model, UNet) and objective.projectors is not None
+
+    plain = Objective(resolve(small(**changes), MANIFEST), MANIFEST)
+    plain.load_state_dict({k: v for k, v in objective.state_dict().items() if not k.startswith("projectors.")})
+    with FlopCounterMode(display=False) as fewer:
+        others = plain(batch, plan, STEP, EPOCH)
+        truth = gradient(plain, others.total)
+    assert counter.get_total_flops() - fewer.get_total_flops() == 6 * 10 * 16 * (32 * 16 + 16 * 16 + 16 * 24)
+    noised = noise(batch.x, MANIFEST, config.interpolant, 0, EPOCH, batch.id)
+    y = objective.label_states(batch, plan, EPOCH)[0] if plan.probe else objective._drop_first(batch.y, plan.null)
+    z = objective.projectors[0](hooked(model, noised.x_t, noised.t, y)[1])
+    loss = 0.5 * (1 - torch.nn.functional.cosine_similarity(z, wanted, dim=-1).mean())
+    own = gradient(objective, loss)
+    assert relative_error(losses.align, loss) < 1e-5
+    assert relative_error(losses.total, others.total + loss) < 1e-5
+    assert got.keys() == truth.keys() | own.keys()
+    largest = max(g.abs().max() for g in got.values())
+    for name, found in got.items():
+        whole = truth.get(name, 0) + own.get(name, torch.zeros(()))
+        if name.endswith("to_k.bias"):  # see above: the truth is 0
+            assert found.abs().max() < 1e-6 * largest
+            continue
+        assert relative_error(found, whole) < 1e-5, name
 
 
 def separate(
@@ -357,6 +393,7 @@ def test_older_configurations_are_those_of_a_sit() -> None:
         ({"model__layers_per_level": 0}, "--model.layers-per-level is 0, expected at least 1"),
         ({"dist__mode": "fsdp"}, "--dist.mode is 'fsdp', expected 'ddp': the weights of a U-Net are not sharded"),
         ({"probe__depth": 2}, "--probe.depth is 2, expected 1: the probe of a U-Net reads its mid-block"),
+        ({"align__features": "f"}, "--align.depth is 8, expected 1: what is aligned of a U-Net is its mid-block"),
     ],
 )  # fmt: skip
 def test_check_refuses(changes: dict[str, Any], message: str) -> None:

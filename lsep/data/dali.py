@@ -4,18 +4,19 @@ DALI brings no reading speed here and does no arithmetic. Its own checkpoints ar
 ranks, so the order stays ours and DALI is fed batch by batch. Without a GPU the pipeline runs on the CPU.
 """
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsep.data.images import center_crop, open_image
 from lsep.data.manifest import Flips
 from lsep.data.reader import HostBatch, Sequence, ring
-from lsep.errors import UserError, told
+from lsep.errors import UserError
 
 _QUEUE = 2  # batches DALI holds itself
 
@@ -66,60 +67,83 @@ def batches(
         yield [t.clone() for t in tensors] if sequence.accumulate > 1 else tensors, arrived.popleft()
 
 
+class Undecodable(Exception):
+    """A file that neither DALI nor Pillow can read; `place` is its own in the batch."""
+
+    def __init__(self, place: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.place = place
+
+
 class Decoder:
-    """Files of images to squares on the device: on a GPU JPEG is decoded there, elsewhere by DALI's threads."""
+    """Files of images to squares on the device: on a GPU JPEG is decoded there, elsewhere by DALI's threads.
+
+    What DALI does not read is left to Pillow, as when the latents were encoded.
+    """
 
     def __init__(self, count: int, size: int, threads: int, device: torch.device) -> None:
         """Batches of `count` images, resized by their shorter side to `size` pixels and cropped in the middle."""
+        self.count, self.size, self.threads, self.device = count, size, threads, device
+        self.pipe = self._pipeline(count)
+
+    def _pipeline(self, count: int) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         kinds: Any = types
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.pipe = Pipeline(
+        on_gpu = self.device.type == "cuda"
+        pipe = Pipeline(
             batch_size=count,
-            num_threads=threads,
-            device_id=(device.index or 0) if self.on_gpu else None,
+            num_threads=self.threads,
+            device_id=(self.device.index or 0) if on_gpu else None,
             # One batch goes in and comes out. The default executor is the one that orders its output on our stream.
             prefetch_queue_depth=1,
         )
-        with self.pipe:
+        with pipe:
             files = fn.external_source(name="files", dtype=kinds.UINT8, ndim=1)
             # As the latents were encoded (`lsep.data.images`): not turned by EXIF, cut where whole pixels begin.
             images: Any = fn.decoders.image(
-                files, device="mixed" if self.on_gpu else "cpu", output_type=kinds.RGB, adjust_orientation=False
+                files, device="mixed" if on_gpu else "cpu", output_type=kinds.RGB, adjust_orientation=False
             )
-            images = fn.resize(images, resize_shorter=size, interp_type=kinds.INTERP_CUBIC, antialias=True)
-            images = fn.crop(images, crop=(size, size), rounding="truncate")
-            self.pipe.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
-        self.pipe.build()
+            images = fn.resize(images, resize_shorter=self.size, interp_type=kinds.INTERP_CUBIC, antialias=True)
+            images = fn.crop(images, crop=(self.size, self.size), rounding="truncate")
+            pipe.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
+        pipe.build()
+        return pipe
 
-    def __call__(self, files: list[bytes], flips: Flips | None, name: Callable[[int], str]) -> Tensor:
+    def __call__(self, files: list[bytes], flips: Flips | None, path: Callable[[int], Path]) -> Tensor:
         """Images `(B, 3, size, size)` uint8, mirrored where `flips` says so; valid until the next call.
 
-        Raises UserError where a file is no image, with its `name(place)`.
+        Raises Undecodable for the first file that is no image, naming it by its `path(place)`.
         """
-        self.pipe.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
         try:
-            (out,) = self.pipe.run(torch.cuda.current_stream(self.device)) if self.on_gpu else self.pipe.run()
-        except RuntimeError as error:
-            bad = next((i for i, file in enumerate(files) if not _is_image(file)), None)
-            what = "an image" if bad is None else name(bad)
-            raise UserError(f"{what}: cannot be decoded, expected an image ({told(error)})") from None
-        images = torch.from_dlpack(out.as_tensor())
+            images = self._run(self.pipe, files)
+        except RuntimeError:  # which says of no file that it was that one
+            self.pipe = self._pipeline(self.count)
+            images = self._one_by_one(files, path)
         if flips is None or not flips.any():
             return images
         own = torch.from_numpy(flips)
-        own = own.pin_memory() if self.on_gpu else own  # from other memory the host would wait for the step before
+        if self.device.type == "cuda":  # from other memory the host would wait for the step before
+            own = own.pin_memory()
         mirrored = own.to(self.device, non_blocking=True)[:, None, None, None]
         return torch.where(mirrored, images.flip(-1), images)
 
+    def _run(self, pipe: Any, files: list[bytes]) -> Tensor:
+        pipe.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
+        (out,) = pipe.run(torch.cuda.current_stream(self.device)) if self.device.type == "cuda" else pipe.run()
+        return torch.from_dlpack(out.as_tensor())
 
-def _is_image(file: bytes) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(file)) as image:
-            image.load()
-    except Exception:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
-        return False
-    return True
+    def _one_by_one(self, files: list[bytes], path: Callable[[int], Path]) -> Tensor:
+        """As a batch, but for what DALI does not read: a file's pixels do not depend on those beside it."""
+        pipe, found = self._pipeline(1), []
+        for place, file in enumerate(files):
+            try:
+                found.append(self._run(pipe, [file]).clone())
+            except RuntimeError:
+                pipe = self._pipeline(1)
+                try:
+                    square = center_crop(open_image(path(place), file), self.size)
+                except UserError as error:
+                    raise Undecodable(place, str(error)) from None
+                found.append(torch.from_numpy(square)[None].to(self.device))
+        return torch.cat(found)

@@ -20,6 +20,7 @@ from torch import Tensor
 from lsep.config import DataConfig
 from lsep.data.digits import open_digits
 from lsep.data.manifest import CorruptRow, Flips, Ids, Rows, Source
+from lsep.data.paired import Images
 from lsep.data.reader import Buffer, HostBatch, Sequence, ring
 from lsep.data.store import Store
 from lsep.errors import UserError, one_line, shown
@@ -129,22 +130,40 @@ class Loader:
 
     def _finisher(self) -> Callable[[list[Tensor], HostBatch], Batch]:
         """From rows on the device, of one set or two, and the rest on the host to a batch."""
-        sequence = self.sequence
-        decode = None
-        if sequence.images is not None:
-            from lsep.data.dali import Decoder
-
-            decode = Decoder(sequence.rows, self.image_size, self.config.threads, self.device)
+        images = self.sequence.images
+        decode = None if images is None else self._decoder(images)
 
         def finish(rows: list[Tensor], host: HostBatch) -> Batch:
+            pictures = rows[0]
+            if decode is not None:
+                rows, host, pictures = decode(rows, host)
             self.skipped += host.skipped
-            images = rows[0]
-            if decode is not None and sequence.images is not None:
-                ids, paths = host.columns[2], sequence.images
-                images = decode(host.files, host.flips, lambda i: str(paths.path(int(ids[i]))))
-            return self._batch(rows, self._columns(host.columns), images)
+            return self._batch(rows, self._columns(host.columns), pictures)
 
         return finish
+
+    def _decoder(self, images: Images) -> Callable[[list[Tensor], HostBatch], tuple[list[Tensor], HostBatch, Tensor]]:
+        """Adds the images that belong to a batch, which is another one where an image cannot be decoded (`skip`)."""
+        from lsep.data.dali import Decoder, Undecodable
+
+        sequence = self.sequence
+        decoder = Decoder(sequence.rows, self.image_size, self.config.threads, self.device)
+
+        def decode(rows: list[Tensor], host: HostBatch) -> tuple[list[Tensor], HostBatch, Tensor]:
+            while True:
+                ids = host.columns[2].tolist()
+                try:
+                    return rows, host, decoder(host.files, host.flips, lambda place, ids=ids: images.path(ids[place]))
+                except Undecodable as error:
+                    corrupt = images.give_up(ids[error.place], str(error))
+                if not sequence.skip:
+                    raise corrupt
+                # Read again, as a damaged row is passed over: so rarely that it may take its time.
+                buffer = sequence.buffer(np.empty)
+                host = sequence.read(host.number, buffer)
+                rows = [torch.from_numpy(part).to(self.device) for part in buffer if part is not None]
+
+        return decode
 
     def _batch(self, rows: list[Tensor], columns: tuple[Tensor, ...], images: Tensor) -> Batch:
         batch = Batch(rows[0], *columns)

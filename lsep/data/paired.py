@@ -21,7 +21,7 @@ def open_features(path: str, store: Store, flag: str = "--align.features") -> St
     """The store of features at `path`; raises UserError unless its rows are those of `store`."""
     if not (Path(path) / "manifest.json").is_file():
         raise UserError(f"{flag} {path}: no manifest.json there, expected a store of features (lsep data features)")
-    features = Store(path)
+    features = Store(path, check_rows=store.check_rows)
     own, theirs = features.manifest, store.manifest
     if own.kind != "features":
         raise UserError(f"{flag} {path}: a store of {own.kind}, expected one of features (lsep data features)")
@@ -55,10 +55,12 @@ class Images:
         if len(self.paths) != rows:
             raise UserError(f"{flag} {folder}: {len(self.paths)} images, expected {rows} as {data} has")
         for path in self.paths:
-            if path.startswith("/") or ".." in Path(path).parts:
+            if path.startswith("/") or ".." in path.split("/"):
                 raise UserError(f"{flag} {folder}: path {shown(path)} of {data} leaves the folder")
         if labels is not None:
             _same_labels(labels, store.labels, f"{flag} {folder}", data)
+        self.damaged: dict[int, CorruptRow] = {}
+        """What `read` raises for samples whose images turned out to be none."""
 
     def path(self, sample: int) -> Path:
         return self.folder / self.paths[sample]
@@ -67,6 +69,8 @@ class Images:
         """The files of these rows; raises CorruptRow for the first that cannot be read."""
         out = []
         for sample in ids.tolist():
+            if sample in self.damaged:
+                raise self.damaged[sample]
             path = self.path(sample)
             try:
                 data = path.read_bytes()
@@ -76,6 +80,11 @@ class Images:
                 raise CorruptRow(f"{path}: is empty, expected an image (sample {sample})", sample)
             out.append(data)
         return out
+
+    def give_up(self, sample: int, sentence: str) -> CorruptRow:
+        """From here on this sample counts as damaged; returns what `read` raises for it."""
+        self.damaged[sample] = CorruptRow(f"{sentence} (sample {sample})", sample)
+        return self.damaged[sample]
 
 
 def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]:
@@ -88,19 +97,32 @@ def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]
     listing = folder / "dataset.json"
     if listing.is_file() and (listed := _listed(listing)):
         return [path for path, _ in listed], np.array([label for _, label in listed], np.int64)
-    found = sorted(
-        Path(root, name).relative_to(folder).parts
-        for root, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(SUFFIXES)
-    )
-    classes = sorted({parts[0] for parts in found})
+    found = _walked(folder)
+    return found, _labels_of(found, store.labels)
+
+
+def _walked(folder: Path) -> list[str]:
+    """All images below `folder`, through links as well; folder by folder in the order of their names."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        above = os.path.realpath(root) + "/"
+        folders[:] = [
+            f for f in folders if not f.startswith(".") and not above.startswith(os.path.realpath(f"{root}/{f}") + "/")
+        ]  # a link to where we come from has no end
+        below = os.path.relpath(root, folder) + "/" if root != str(folder) else ""
+        found += [below + name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found, key=lambda path: path.replace("/", "\0"))
+
+
+def _labels_of(paths: list[str], labels: Ids) -> Ids | None:
+    """The labels that folders of classes say, in the order of their names; None where the folders are no classes."""
+    folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
+    classes, present = sorted(set(folders)), np.unique(labels)
     # REPA and EDM2 deal images into folders by number, which says nothing about their class.
-    dealt = all(re.fullmatch(r"\d{5}", name) for name in classes)
-    labels = None
-    if not dealt and len(classes) == store.manifest.num_classes:
-        labels = np.array([classes.index(parts[0]) for parts in found], np.int64)
-    return ["/".join(parts) for parts in found], labels
+    if len(classes) != len(present) or all(re.fullmatch(r"\d{5}", name) for name in classes):
+        return None
+    of = dict(zip(classes, present.tolist(), strict=True))
+    return np.array([of[name] for name in folders], np.int64)
 
 
 def _listed(listing: Path) -> list[tuple[str, int]]:

@@ -32,6 +32,8 @@ class Buffer(NamedTuple):
 class HostBatch:
     """One micro-batch in host memory; its rows are in a buffer of the ring."""
 
+    number: int
+    """Its own in the sequence."""
     rows: Buffer
     columns: Ids
     """Labels, probe labels and sample ids `(3, rows)`."""
@@ -100,7 +102,7 @@ class Sequence:
             skipped = self.replace(ids, epoch, self._readable)
             rows, files = self._rows(ids, epoch, out)
         columns = np.stack([rows.y, rows.probe_y, ids])
-        return HostBatch(out, columns, skipped, files, self.flips(ids, epoch))
+        return HostBatch(i, out, columns, skipped, files, self.flips(ids, epoch))
 
     def _rows(self, ids: Ids, epoch: int, out: Buffer | None = None) -> tuple[Rows, list[bytes]]:
         """Rows into `out`, if given, and the files that come with them."""
