@@ -109,7 +109,7 @@ def _check_align(config: Config) -> None:
         a.encoder is None or a.features is None,
         f"--align.encoder is {shown(a.encoder)} and --align.features {shown(a.features)}, expected one of them",
     )
-    for name in ("images", "image_size", "size"):
+    for name in ("images", "image_size"):
         value = getattr(a, name)
         _require(
             value is None or a.encoder is not None,
@@ -119,7 +119,7 @@ def _check_align(config: Config) -> None:
         a.image_size is None or a.images is not None,
         f"--align.image-size is {a.image_size} without --align.images, which it is for",
     )
-    for name in ("image_size", "size", "width"):
+    for name in ("image_size", "width"):
         value = getattr(a, name)
         _require(value is None or value >= 1, f"{_flag('align.' + name)} is {value}, expected None or at least 1")
     unet = config.model.backbone == "unet"

@@ -114,8 +114,6 @@ class AlignConfig:
     """Folder of the images whose latents train, for the encoder; not needed where the data itself is images."""
     image_size: int | None = None
     """Side to which these images are resized and cropped, in pixels; None is 8 a latent pixel."""
-    size: int | None = None
-    """Side of the encoder's input, in pixels; None gives it one patch a token."""
     depth: int = 8
     """The tokens after this block are aligned, counted from 1."""
     weight: float = 0.5

@@ -7,6 +7,7 @@ patch, behind any number of others.
 import hashlib
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsep.data.manifest import Origin
 from lsep.errors import UserError, told
 
 INSTALL = 'pip install -e ".[align]"'
@@ -24,18 +26,12 @@ class Encoder:
     """Tokens of a grid's side for images of any size."""
 
     def __init__(
-        self,
-        name: str,
-        grid: int,
-        device: torch.device,
-        bf16: bool = False,
-        size: int | None = None,
-        flag: str = "--align.encoder",
+        self, name: str, grid: int, device: torch.device, bf16: bool = False, flag: str = "--align.encoder"
     ) -> None:
-        """name: a folder or hub id; grid: tokens a side; size: of the encoder's input, None for one patch a token.
+        """name: a folder or hub id; grid: tokens a side, and so the patches of its input.
 
-        bf16: matrix products under autocast. Raises UserError, naming `flag`, where it cannot be had or gives another
-        number of tokens.
+        bf16: matrix products under autocast. Raises UserError, naming `flag`, where it cannot be had or does not give a
+        token for each patch.
         """
         self.model, (mean, std) = load(name, flag)
         self.grid, self.device, self.bf16 = grid, device, bf16
@@ -43,23 +39,29 @@ class Encoder:
         if not isinstance(patch, int):
             kind = type(self.model).__name__
             raise UserError(f"{flag} {name}: a {kind} without a patch size, expected a vision transformer")
-        self.size = size or grid * patch
+        self.size = grid * patch
+        self.origin = Origin(name, self.size, _fingerprint(self.model, self.size, mean, std))
+        _resample_positions(self.model, grid)
         self.model.to(device)
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
-        given = inspect.signature(self.model.forward).parameters
-        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in given else {}
+        self.options = _options(self.model, grid, device, f"{flag} {name}")
+        self.width = self._try(f"{flag} {name}")
+
+    def _try(self, where: str) -> int:
+        """Width of the tokens; raises UserError where it does not give one a patch, the same each time."""
+        gray = torch.full((1, 3, self.size, self.size), 128, dtype=torch.uint8, device=self.device)
         try:
-            found = self._tokens(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device))
+            with torch.no_grad():
+                found, again = self._tokens(gray), self._tokens(gray)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{flag} {name}: does not take images of {self.size} pixels ({told(error)})") from None
+            raise UserError(f"{where}: does not take images of {self.size} pixels ({told(error)})") from None
         if found.ndim != 3:
-            raise UserError(f"{flag} {name}: gives {tuple(found.shape)}, expected (images, tokens, width)")
-        self.width, more = found.shape[2], found.shape[1] - grid**2
-        if self.size != grid * patch or more < 0:
-            raise UserError(
-                f"{flag} {name}: {(self.size // patch) ** 2} patches of {patch} pixels of an input of {self.size}, "
-                f"expected {grid**2}, one a token of the model: give it {grid * patch} pixels"
-            )
+            raise UserError(f"{where}: gives {tuple(found.shape)}, expected (images, tokens, width)")
+        if found.shape[1] < self.grid**2:
+            raise UserError(f"{where}: gives {found.shape[1]} tokens of {self.grid**2} patches, expected one a patch")
+        if found.shape != again.shape or not (found - again).norm() <= 1e-3 * found.norm():
+            raise UserError(f"{where}: gives other tokens each time for the same image, expected the same")
+        return found.shape[2]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -71,16 +73,55 @@ class Encoder:
         x = images.expand(-1, 3, -1, -1).to(torch.float32) / 255
         # Resized as in REPA: bicubic, without antialiasing, after the normalisation.
         x = F.interpolate((x - self.mean) / self.std, (self.size, self.size), mode="bicubic")
+        options = {k: v.expand(len(x), -1) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model(pixel_values=x, **self.options).last_hidden_state
+            return self.model(pixel_values=x, **options).last_hidden_state
 
-    def fingerprint(self) -> str:
-        """sha256 of the weights and what the images go through, which says more than the path."""
-        digest = hashlib.sha256(f"{self.size} {self.mean.tolist()} {self.std.tolist()}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()
+
+def _fingerprint(model: nn.Module, size: int, mean: Any, std: Any) -> str:
+    """sha256 of the weights, and of what else decides over the tokens, which says more than the path."""
+    heads = getattr(model.config, "num_attention_heads", None)
+    digest = hashlib.sha256(f"{type(model).__name__} {heads} {size} {[*mean, *std]}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().float().numpy())
+    return digest.hexdigest()
+
+
+def _options(model: nn.Module, grid: int, device: torch.device, where: str) -> dict[str, Any]:
+    """What its forward is given besides the images, so that its last tokens are the patches row by row."""
+    config: Any = model.config
+    if getattr(config, "num_detection_tokens", None):
+        raise UserError(
+            f"{where}: a {type(model).__name__}, whose last tokens are for detections, expected an encoder of images"
+        )
+    given, options = inspect.signature(model.forward).parameters, {}
+    if "interpolate_pos_encoding" in given:
+        options["interpolate_pos_encoding"] = True
+    if "noise" in given:  # a masked autoencoder: none masked, and none moved by the sorting of this noise
+        config.mask_ratio = 0.0
+        options["noise"] = torch.arange(grid**2, dtype=torch.float32, device=device)[None]
+    return options
+
+
+def _resample_positions(model: nn.Module, grid: int) -> None:
+    """Bring learned positions to a grid of this side as REPA does, by an antialiased bicubic filter.
+
+    transformers would do it without antialiasing, and again in every forward; where it stores positions in another way
+    than `(1, others + side^2, width)`, it still does.
+    """
+    embeddings = getattr(model, "embeddings", None)
+    found = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(embeddings, nn.Module) or not isinstance(found, nn.Parameter) or found.ndim != 3:
+        return
+    side = math.isqrt(found.shape[1])
+    others, places = found.detach().split([found.shape[1] - side**2, side**2], dim=1)
+    if side == grid:
+        return
+    square = places.transpose(1, 2).unflatten(2, (side, side))
+    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
+    new = torch.cat([others, square.flatten(2).transpose(1, 2)], dim=1)
+    embeddings.position_embeddings = nn.Parameter(new, requires_grad=False)
 
 
 def load(name: str, flag: str) -> tuple[nn.Module, tuple[Any, Any]]:

@@ -22,7 +22,7 @@ from lsep.errors import UserError, one_line, shown, told
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
-    "data.path", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch", "data.crc",
+    "data.path", "align.encoder", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch", "data.crc",
     "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights", "train.fp8", "train.compile",
     "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every",
     "train.eval_every", "train.overhead_rounds", "train.wandb", "train.max_skipped", "train.on_spike", "train.init",
@@ -64,8 +64,11 @@ class Run:
             raise UserError(f"{run.path}: not a run directory, config.json not found")
         return run
 
-    def check(self, config: Config, manifest: Manifest) -> None:
-        """Raise UserError when the directory is another run's, or not a run's at all; touches nothing."""
+    def check(self, config: Config, manifest: Manifest, teacher: dict[str, str] | None = None) -> None:
+        """Raise UserError when the directory is another run's, or not a run's at all; touches nothing.
+
+        teacher: what tokens are aligned with, see `Teacher.identity`.
+        """
         if self.config_file.exists():
             changed = differences(self.config(), config)
             before, after = asdict(self.manifest()), asdict(manifest)
@@ -74,6 +77,12 @@ class Run:
                 f"data's {k}: {shown(before[k])} -> {shown(after[k])}"
                 for k in after
                 if k != "source" and before[k] != after[k]
+            ]
+            known, given = self._teacher(), teacher or {}
+            changed += [
+                f"align.{k}'s sha256: {shown(known.get(k))} -> {shown(given.get(k))}"
+                for k in sorted(known.keys() | given.keys())
+                if known.get(k) != given.get(k)
             ]
             if changed:
                 raise UserError(
@@ -138,11 +147,11 @@ class Run:
         print(f"{self.path}: taking over the lock of {who}, which is gone", flush=True)
         self.lock_file.unlink()
 
-    def open(self, config: Config, manifest: Manifest, preset: str) -> None:
-        """Write the resolved `config` of a run that starts or goes on here."""
+    def open(self, config: Config, manifest: Manifest, preset: str, teacher: dict[str, str] | None = None) -> None:
+        """Write the resolved `config` of a run that starts or goes on here, and what `check` compares."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            entry = {"preset": preset, **asdict(config), "manifest": asdict(manifest)}
+            entry = {"preset": preset, **asdict(config), "manifest": asdict(manifest), "teacher": teacher or {}}
             write_atomic(self.config_file, json.dumps(entry, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
@@ -150,8 +159,8 @@ class Run:
     def config(self) -> Config:
         """The resolved configuration the run was trained with."""
         values = self._config_json()
-        values.pop("preset", None)
-        values.pop("manifest", None)
+        for name in ("preset", "manifest", "teacher"):
+            values.pop(name, None)
         return from_dict(values, str(self.config_file))
 
     def manifest(self) -> Manifest:
@@ -167,6 +176,12 @@ class Run:
                 f"{where}: rows and flips are {shown(rows)} and {shown(flips)}, expected a count, and true or false"
             )
         return parse(values, where, source, rows, flips)
+
+    def _teacher(self) -> dict[str, Any]:
+        value = self._config_json().get("teacher", {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.config_file}: teacher is {shown(value)}, expected an object")
+        return value
 
     def preset(self) -> str:
         """Name of the preset the run started from."""

@@ -29,6 +29,17 @@ class Teacher:
             return width, height * side
         return None if self.encoder is None else (self.encoder.width, self.encoder.grid**2)
 
+    def identity(self) -> dict[str, str]:
+        """sha256 of what decides over the tokens, wherever it lies: a run goes on with no others."""
+        found = {}
+        if self.features is not None:
+            found["features"] = self.features.fingerprint()
+        if self.encoder is not None:
+            found["encoder"] = self.encoder.origin.sha256
+        if self.images is not None:
+            found["images"] = self.images.fingerprint()
+        return found
+
 
 def open_teacher(config: Config, source: Store, device: torch.device) -> Teacher:
     """What `config`, resolved but for the width, aligns with; raises UserError where it does not fit the data."""
@@ -46,4 +57,4 @@ def open_teacher(config: Config, source: Store, device: torch.device) -> Teacher
     if images is not None and not has_dali():
         raise UserError(f"--align.images needs NVIDIA DALI, which is not installed: {INSTALL}")
     bf16 = config.train.precision == "bf16"
-    return Teacher(encoder=Encoder(align.encoder, config.grid, device, bf16, align.size), images=images)
+    return Teacher(encoder=Encoder(align.encoder, config.grid, device, bf16), images=images)

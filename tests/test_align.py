@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MANIFEST, lively, random_batch, relative_error, tiny
+from safetensors.torch import load_file, save_file
 from test_dist import TESTS, torchrun
 from test_graphs import Recorded
 from test_graphs import curve as replayed
@@ -289,6 +290,40 @@ def test_training_draws_the_tokens_to_the_encoders_and_goes_on_exactly(
     assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "out"), "--format", "sit"]) == 0
 
 
+def test_a_run_goes_on_with_the_same_tokens_only(
+    latents: Path, features: Path, images: Path, dino: Path, tmp_path: Path
+) -> None:
+    """Wherever encoder, images or features lie by now; an encoder that was swapped in its place is noticed."""
+    shutil.copytree(features, tmp_path / "moved")
+    shutil.copytree(dino, tmp_path / "encoder")
+    shutil.copytree(images, tmp_path / "images")
+    x = np.random.default_rng(9).normal(size=(ROWS, WIDTH, 4, 4)).astype(np.float32)
+    write_store(tmp_path / "others", kind="features", x=x, y=LABELS, num_classes=5, flip=x)
+
+    def go_on(steps: int, run: str, **given: Any) -> None:
+        train(aligned(latents, train__steps=steps, **{f"align__{k}": str(v) for k, v in given.items()}), tmp_path / run)
+
+    go_on(1, "stored", features=features)
+    go_on(2, "stored", features=tmp_path / "moved")
+    with pytest.raises(UserError, match=r"\(align.features's sha256: '[0-9a-f]{64}' -> '[0-9a-f]{64}'\): choose"):
+        go_on(3, "stored", features=tmp_path / "others")
+    with pytest.raises(UserError, match=r"align.encoder's sha256: None -> '.*align.features's sha256: '.*' -> None"):
+        go_on(3, "stored", encoder=dino, images=images)
+    with pytest.raises(UserError, match=r"align.features's sha256: '.*' -> None"):
+        train(aligned(latents, train__steps=3), tmp_path / "stored")
+    go_on(1, "encoded", encoder=dino, images=images)
+    go_on(2, "encoded", encoder=tmp_path / "encoder", images=tmp_path / "images")
+    (tmp_path / "images" / "00000" / "img00000000.png").rename(tmp_path / "images" / "00000" / "img.png")
+    with pytest.raises(UserError, match=r"\(align.images's sha256: '.*' -> '.*'\)"):
+        go_on(3, "encoded", encoder=dino, images=tmp_path / "images")
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    weights["encoder.layer.1.mlp.fc2.bias"] += 1e-3
+    save_file(weights, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"\(align.encoder's sha256: '.*' -> '.*'\)"):
+        go_on(3, "encoded", encoder=tmp_path / "encoder", images=images)
+    go_on(3, "encoded", encoder=dino, images=images)
+
+
 @pytest.mark.parametrize("probe", [True, False])
 def test_a_step_replays_as_a_graph(latents: Path, features: Path, probe: bool) -> None:
     config = aligned(
@@ -390,8 +425,6 @@ def test_half_precision_files_run_in_float32(dino: Path, tmp_path: Path) -> None
     AutoModel.from_pretrained(dino).half().save_pretrained(tmp_path / "half")
     encoder = Encoder(str(tmp_path / "half"), 4, torch.device("cpu"))
     assert {p.dtype for p in encoder.model.parameters()} == {torch.float32}
-    with pytest.raises(UserError, match=r"input of 5\d, expected 16, one a token of the model"):
-        Encoder(str(dino), 4, torch.device("cpu"), size=encoder.size + 1)
 
 
 def test_what_cannot_be_meant_is_refused(
@@ -414,7 +447,6 @@ def test_what_cannot_be_meant_is_refused(
         ({"images": "i"}, "--align.images is 'i' without --align.encoder"),
         ({"features": "f", "depth": 4}, "--align.depth is 4, expected at most the model's 3 blocks"),
         ({"features": "f", "weight": -1.0}, "--align.weight is -1.0, expected at least 0"),
-        ({"features": "f", "size": 3}, "--align.size is 3 without --align.encoder"),
         ({"features": str(tmp_path)}, r"no manifest.json there, expected a store of features \(lsep data features\)"),
         ({"features": str(latents)}, "a store of samples, expected one of features"),
         ({"features": str(tmp_path / "fewer")}, "29 rows, expected 30 as .* has"),
@@ -427,10 +459,6 @@ def test_what_cannot_be_meant_is_refused(
         (
             {"encoder": str(tmp_path / "no"), "images": str(images)},
             "no such folder, expected one with a model's config",
-        ),
-        (
-            {"encoder": str(dino), "images": str(images), "size": 112},
-            "64 patches of 14 pixels of an input of 112, expec",
         ),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -510,7 +538,6 @@ def test_bad_input_of_the_command(
         ([], "has latents, expected --images, the folder of their images"),
         (["--images", str(images), "--patch-size", "3"], "--patch-size is 3, expected a divisor of the data's side 8"),
         (["--images", str(images), "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
-        (["--images", str(images), "--size", "70"], "25 patches of 14 pixels of an input of 70, expected 16"),
     ):
         command = ["data", "features", str(latents), str(tmp_path / "out"), "--encoder", str(dino), *more]
         code, err = main(command), capsys.readouterr().err

@@ -42,8 +42,6 @@ class FeaturesArgs:
     """Folder of the images behind latents; not for a store of images."""
     image_size: int | None = None
     """Side to which these images are resized and cropped, in pixels; 8 a latent pixel when not given."""
-    size: int | None = None
-    """Side of the encoder's input, in pixels; one patch a token when not given."""
     patch_size: int = 2
     """Of the model to be trained; the tokens are as many as its own."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -52,8 +50,8 @@ class FeaturesArgs:
     """Type the tokens are stored in."""
     batch_size: int = 64
     """Images encoded at once."""
-    shard_rows: int = 4096
-    """Rows of a shard; killed, it goes on after its last whole one."""
+    shard_rows: int | None = None
+    """Rows of a shard, about 1 GiB of them when not given; killed, it goes on after its last whole one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode; auto takes a GPU when there is one."""
 

@@ -8,15 +8,13 @@ restart that differs in one is refused instead of mixing two encodings in one st
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lsep.data.images import center_crop, list_images, load_image
+from lsep.data.images import center_crop, decoded, in_cuts, list_images, load_image
 from lsep.data.manifest import Ids
 from lsep.data.writer import Block, Header, build
 from lsep.errors import UserError
@@ -136,7 +134,7 @@ class Encoder:
             enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
         )
         with torch.inference_mode(), exact:
-            for pixels in self._batches(start, stop):
+            for pixels in decoded(self._square, in_cuts(start, stop, self._recipe.batch_size)):
                 batch = torch.from_numpy(pixels).to(self._device)
                 rows = slice(at, at + len(batch))
                 x[rows] = self._moments(batch)
@@ -157,21 +155,8 @@ class Encoder:
         # Overflow of float16 becomes infinite here and is counted as non-finite by the writer.
         return torch.cat([posterior.mean.float(), std], dim=1).to(getattr(torch, self.header.dtype)).cpu().numpy()
 
-    def _batches(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """uint8 `(B, 3, size, size)`, the next batch being decoded by threads while this one is encoded."""
-        size = self._recipe.batch_size
-        cuts = [self._images.paths[i : min(i + size, stop)] for i in range(start, stop, size)]
-        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="lsep-decode")
-        try:
-            ahead = [pool.submit(self._pixels, path) for path in cuts[0]]
-            for following in [*cuts[1:], []]:
-                now, ahead = ahead, [pool.submit(self._pixels, path) for path in following]
-                yield np.stack([future.result() for future in now])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _pixels(self, path: Path) -> np.ndarray:
-        return center_crop(load_image(path), self._recipe.size)
+    def _square(self, row: int) -> np.ndarray:
+        return center_crop(load_image(self._images.paths[row]), self._recipe.size)
 
 
 def ranks() -> tuple[int, int, int]:

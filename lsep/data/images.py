@@ -6,6 +6,8 @@ a bicubic filter, keep the centre. `load_image` and `center_crop` serve the pixe
 
 import io
 import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,3 +75,20 @@ def center_crop(image: "Image", size: int) -> np.ndarray:
     left, top = (image.width - size) // 2, (image.height - size) // 2
     cut = np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
     return np.ascontiguousarray(cut.transpose(2, 0, 1))
+
+
+def decoded(square: Callable[[int], np.ndarray], cuts: Sequence[range]) -> Iterator[np.ndarray]:
+    """The images `square(row)` of each cut of rows as `(B, 3, size, size)`, read by threads one cut ahead."""
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="lsep-decode")
+    try:
+        ahead = [pool.submit(square, row) for row in cuts[0]]
+        for following in [*cuts[1:], range(0)]:
+            now, ahead = ahead, [pool.submit(square, row) for row in following]
+            yield np.stack([future.result() for future in now])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_cuts(start: int, stop: int, size: int) -> list[range]:
+    """Rows start to stop - 1 in batches counted from start."""
+    return [range(i, min(i + size, stop)) for i in range(start, stop, size)]

@@ -9,13 +9,25 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, one_line, shown
 
 Ids = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
 Kind = Literal["moments", "samples", "pixels", "features"]
 KINDS = ("moments", "samples", "pixels", "features")
 DTYPES = ("float32", "float16", "uint8")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The encoder that features are of."""
+
+    name: str
+    """Its transformers id or folder, as it was given."""
+    size: int
+    """Side of its input, in pixels."""
+    sha256: str
+    """Of its weights and of what its images go through."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Manifest:
     """Type of the stored rows: float32, float16 or uint8."""
     flips: bool = False
     """Every row has a second, mirrored variant."""
+    encoder: Origin | None = None
+    """Of features, where it is known."""
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
@@ -79,10 +93,16 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         if not isinstance(number, int | float) or not abs(number) < 1e30 or (name == "scale" and number == 0):
             raise fail(name, "a finite number")
     assert isinstance(classes, int)
+    encoder = value.get("encoder")
+    if encoder is not None and not (
+        isinstance(encoder, dict) and encoder.keys() == {"name", "size", "sha256"} and type(encoder["size"]) is int
+        and all(isinstance(encoder[k], str) and one_line(encoder[k]) for k in ("name", "sha256"))
+    ):  # fmt: skip
+        raise fail("encoder", "null, or name, size and sha256 of an encoder")
     return Manifest(
         source=source, kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype, rows=rows, num_classes=classes,
         probe_classes=probe_classes or classes, class_names=tuple(names), scale=float(value["scale"]),
-        shift=float(value["shift"]), flips=flips,
+        shift=float(value["shift"]), flips=flips, encoder=None if encoder is None else Origin(**encoder),
     )  # fmt: skip
 
 

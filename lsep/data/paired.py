@@ -4,6 +4,7 @@ A row and what comes with it have the same id. Both are compared with the data s
 lies shifted by one row trains without an error and without a use.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -61,6 +62,10 @@ class Images:
             _same_labels(labels, store.labels, f"{flag} {folder}", data)
         self.damaged: dict[int, CorruptRow] = {}
         """What `read` raises for samples whose images turned out to be none."""
+
+    def fingerprint(self) -> str:
+        """sha256 of the paths below the folder, in the order of the rows."""
+        return hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape")).hexdigest()
 
     def path(self, sample: int) -> Path:
         return self.folder / self.paths[sample]

@@ -3,6 +3,7 @@
 Store(path).read(ids)
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -54,6 +55,11 @@ class Store:
     def labels(self) -> Ids:
         """Labels of all rows `(rows,)`."""
         return self._y
+
+    def fingerprint(self) -> str:
+        """sha256 of what the manifest says of all shards' bytes."""
+        parts = [f"{e.rows} {e.sha256} {e.columns_crc32}\n" for e in self.entries]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def paths(self) -> list[str]:
         """Where all rows come from; empty where the shards do not say it."""

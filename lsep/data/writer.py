@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lsep.data.manifest import Ids, Kind
+from lsep.data.manifest import Ids, Kind, Origin
 from lsep.data.shards import columns_crc32
 from lsep.data.shards import header as read_header
 from lsep.data.store import FORMAT, VERSION
@@ -41,6 +41,8 @@ class Header:
     shift: float = 0.0
     flips: bool = False
     """Blocks bring a mirrored variant of every row."""
+    encoder: Origin | None = None
+    """Of features."""
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
@@ -208,6 +210,8 @@ def write_manifest(folder: Path, header: Header, entries: list[dict[str, Any]]) 
     """Write manifest.json, in one step."""
     fields = asdict(header)
     del fields["flips"]  # the shards' flip_offset says it
+    if header.encoder is None:
+        del fields["encoder"]
     manifest = {"format": FORMAT, "version": VERSION, **fields, "shards": entries}
     try:
         replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
