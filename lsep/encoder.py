@@ -95,7 +95,8 @@ def _options(model: nn.Module, grid: int, device: torch.device, where: str) -> d
         raise UserError(
             f"{where}: a {type(model).__name__}, whose last tokens are for detections, expected an encoder of images"
         )
-    given, options = inspect.signature(model.forward).parameters, {}
+    given = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {}
     if "interpolate_pos_encoding" in given:
         options["interpolate_pos_encoding"] = True
     if "noise" in given:  # a masked autoencoder: none masked, and none moved by the sorting of this noise

@@ -22,11 +22,11 @@ from lsep.errors import UserError, one_line, shown, told
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
-    "data.path", "align.encoder", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch", "data.crc",
-    "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights", "train.fp8", "train.compile",
-    "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.sample_every",
-    "train.eval_every", "train.overhead_rounds", "train.wandb", "train.max_skipped", "train.on_spike", "train.init",
-    "train.spike_factor",
+    "data.path", "align.encoder", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch",
+    "data.crc", "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights", "train.fp8",
+    "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
+    "train.sample_every", "train.eval_every", "train.overhead_rounds", "train.wandb", "train.max_skipped",
+    "train.on_spike", "train.init", "train.spike_factor",
 }  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """What the tests share: a small configuration, small random data, and how errors are measured."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ import torch
 if not torch.cuda.is_available():  # before the kernels are imported: they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch import Tensor
+
+from lsep.cli import main
 from lsep.config import Config, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, override
 from lsep.data.loader import Batch
 from lsep.data.manifest import Manifest
 from lsep.data.writer import write_store
 from lsep.objective import Objective
+from lsep.step import open_loader, setup
 
 TINY = Config(
     model=ModelConfig(depth=3, hidden_size=32, num_heads=2),
@@ -130,3 +136,84 @@ def assert_kernel_is_as_accurate(
     assert len(got) == len(same_type) == len(truth)
     for ours, theirs, true in zip(got, same_type, truth, strict=True):
         assert_as_accurate(ours, theirs, true)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alignment with an encoder
+
+WIDTH, ROWS = 24, 30
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DINOv2 of two layers, patches of 14 pixels, and a normalisation of its own."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    small = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixels() -> np.ndarray:
+    """Smooth random images `(30, 3, 64, 64)` uint8."""
+    x = np.random.default_rng(0).normal(size=(ROWS, 3, 8, 8)).repeat(8, 2).repeat(8, 3)
+    return np.clip(128 + 60 * x, 0, 255).astype(np.uint8)
+
+
+LABELS = np.random.default_rng(1).integers(5, size=ROWS)
+
+
+@pytest.fixture(scope="session")
+def images(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as PNG, dealt into folders as REPA's."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(pixels):
+        file = folder / f"{i // 10:05d}" / f"img{i:08d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of latents of these images, with mirror images."""
+    x = np.random.default_rng(2).normal(size=(ROWS, 3, 8, 8)).astype(np.float32)
+    path = tmp_path_factory.mktemp("latents") / "store"
+    write_store(path, kind="samples", x=x, y=LABELS, num_classes=5, flip=np.ascontiguousarray(x[..., ::-1]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def features(latents: Path, images: Path, dino: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokens of DINOv2 for the latents' images, in float32, written by the command."""
+    path = tmp_path_factory.mktemp("features") / "store"
+    given = ["--encoder", str(dino), "--images", str(images), "--dtype", "float32", "--device", "cpu"]
+    assert main(["data", "features", str(latents), str(path), *given, "--batch-size", "7", "--shard-rows", "13"]) == 0
+    return path
+
+
+def tokens_of(dino: Path, pixels: np.ndarray, size: int = 56) -> Tensor:
+    """What the model itself gives for normalised, resized images, without the class token."""
+    from transformers import Dinov2Model
+
+    model = Dinov2Model.from_pretrained(dino).eval()
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), 0.2
+    x = (torch.from_numpy(pixels).float() / 255 - mean) / std
+    with torch.no_grad():
+        return model(torch.nn.functional.interpolate(x, (size, size), mode="bicubic")).last_hidden_state[:, 1:]
+
+
+def aligned(data: Path, **changes: Any) -> Config:
+    return tiny(**{"data__path": str(data), "align__depth": 2, "align__projector_dim": 16, **changes})
+
+
+def batches(config: Config, steps: int = 5) -> list[Any]:
+    return [[b.clone() for b in step] for step in islice(open_loader(setup(config), 0, steps), steps)]

@@ -1,123 +1,38 @@
-"""REPA beside LSEP: the main pass's own tokens, an encoder's for the same images, wherever they come from."""
+"""REPA beside LSEP: the main pass's own tokens, their loss, training with it, and what is refused."""
 
-import io
 import json
 import shutil
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MANIFEST, lively, random_batch, relative_error, tiny
+from conftest import LABELS, MANIFEST, ROWS, WIDTH, aligned, batches, lively, random_batch, relative_error, tiny
 from safetensors.torch import load_file, save_file
 from test_dist import TESTS, torchrun
 from test_graphs import Recorded
 from test_graphs import curve as replayed
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsep import checkpoint, flops
 from lsep.align import align_loss
 from lsep.checks import resolve, resolve_align
 from lsep.cli import main
-from lsep.config import Config
-from lsep.data.store import Store
 from lsep.data.writer import write_store
 from lsep.encoder import Encoder
 from lsep.errors import UserError
 from lsep.interpolant import noise
 from lsep.objective import Objective
 from lsep.plan import branch_plan
-from lsep.step import open_loader, setup
+from lsep.step import setup
 from lsep.train import train
 from lsep_kernels.reference import gate_residual, norm_modulate
 
 pytest.importorskip("transformers", reason='pip install -e ".[align]"')
 
-WIDTH, ROWS = 24, 30
 STEP, EPOCH = torch.tensor(3), torch.tensor(0)
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random DINOv2 of two layers, patches of 14 pixels, and a normalisation of its own."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    small = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**small)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3})
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pixels() -> np.ndarray:
-    """Smooth random images `(30, 3, 64, 64)` uint8."""
-    x = np.random.default_rng(0).normal(size=(ROWS, 3, 8, 8)).repeat(8, 2).repeat(8, 3)
-    return np.clip(128 + 60 * x, 0, 255).astype(np.uint8)
-
-
-LABELS = np.random.default_rng(1).integers(5, size=ROWS)
-
-
-@pytest.fixture(scope="module")
-def images(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images as PNG, dealt into folders as REPA's."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    for i, image in enumerate(pixels):
-        file = folder / f"{i // 10:05d}" / f"img{i:08d}.png"
-        file.parent.mkdir(exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).save(file)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of latents of these images, with mirror images."""
-    x = np.random.default_rng(2).normal(size=(ROWS, 3, 8, 8)).astype(np.float32)
-    path = tmp_path_factory.mktemp("latents") / "store"
-    write_store(path, kind="samples", x=x, y=LABELS, num_classes=5, flip=np.ascontiguousarray(x[..., ::-1]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def features(latents: Path, images: Path, dino: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokens of DINOv2 for the latents' images, in float32, written by the command."""
-    path = tmp_path_factory.mktemp("features") / "store"
-    given = ["--encoder", str(dino), "--images", str(images), "--dtype", "float32", "--device", "cpu"]
-    assert main(["data", "features", str(latents), str(path), *given, "--batch-size", "7", "--shard-rows", "13"]) == 0
-    return path
-
-
-def tokens_of(dino: Path, pixels: np.ndarray, size: int = 56) -> Tensor:
-    """What the model itself gives for normalised, resized images, without the class token."""
-    from transformers import Dinov2Model
-
-    model = Dinov2Model.from_pretrained(dino).eval()
-    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), 0.2
-    x = (torch.from_numpy(pixels).float() / 255 - mean) / std
-    with torch.no_grad():
-        return model(torch.nn.functional.interpolate(x, (size, size), mode="bicubic")).last_hidden_state[:, 1:]
-
-
-def aligned(data: Path, **changes: Any) -> Config:
-    return tiny(**{"data__path": str(data), "align__depth": 2, "align__projector_dim": 16, **changes})
-
-
-def batches(config: Config, steps: int = 5) -> list[Any]:
-    return [[b.clone() for b in step] for step in islice(open_loader(setup(config), 0, steps), steps)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -183,76 +98,6 @@ def test_alignment_costs_its_projector_and_no_pass(changes: dict[str, Any]) -> N
     assert ours == [0, projector] and counts[1] - counts[0] == projector
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the tokens come from
-
-
-def test_tokens_are_those_of_the_model_itself(dino: Path, pixels: np.ndarray) -> None:
-    from lsep.encoder import Encoder
-
-    encoder = Encoder(str(dino), 4, torch.device("cpu"))
-    assert (encoder.size, encoder.width) == (56, WIDTH)
-    assert relative_error(encoder(torch.from_numpy(pixels)), tokens_of(dino, pixels)) < 1e-5
-    gray = pixels[:, :1]
-    assert relative_error(encoder(torch.from_numpy(gray)), tokens_of(dino, gray.repeat(3, 1))) < 1e-5
-
-
-def test_registers_are_no_tokens(tmp_path: Path, pixels: np.ndarray) -> None:
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    from lsep.encoder import Encoder
-
-    small = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**small)).eval()
-    model.save_pretrained(tmp_path / "model")
-    got = Encoder(str(tmp_path / "model"), 4, torch.device("cpu"))(torch.from_numpy(pixels[:2]))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    x = (torch.from_numpy(pixels[:2]).float() / 255 - mean) / std
-    with torch.no_grad():
-        whole = model(torch.nn.functional.interpolate(x, (56, 56), mode="bicubic")).last_hidden_state
-    assert whole.shape[1] == 1 + 4 + 16 and relative_error(got, whole[:, 5:]) < 1e-5
-
-
-def test_the_command_writes_every_image_and_its_mirror_image(features: Path, dino: Path, pixels: np.ndarray) -> None:
-    store = Store(features)
-    assert store.manifest.shape == (WIDTH, 4, 4) and len(store.shards) == 3
-    assert main(["data", "check", str(features)]) == 0 and main(["data", "info", str(features)]) == 0
-    for mirrored, x in ((False, pixels), (True, np.ascontiguousarray(pixels[..., ::-1]))):
-        rows = store.read(np.arange(ROWS), np.full(ROWS, mirrored)).x
-        assert relative_error(torch.from_numpy(rows).flatten(2).transpose(1, 2), tokens_of(dino, x)) < 1e-5
-    assert store.labels.tolist() == LABELS.tolist()
-
-
-@pytest.mark.parametrize("loader", ["torch", "dali", "resident"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_features_go_with_their_rows(
-    latents: Path, features: Path, dino: Path, pixels: np.ndarray, loader: str, accumulate: int
-) -> None:
-    """Every loader, over epochs in which other rows are mirrored."""
-    config = aligned(latents, align__features=str(features), data__loader=loader, optim__accumulate=accumulate)
-    _check_tokens(batches(config), dino, pixels, Store(latents))
-
-
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_images_are_encoded_on_the_fly(
-    latents: Path, images: Path, dino: Path, pixels: np.ndarray, loader: str
-) -> None:
-    """Decoded by DALI; its cosine with the tokens of the images themselves is that of the same images."""
-    config = aligned(latents, align__encoder=str(dino), align__images=str(images), data__loader=loader)
-    _check_tokens(batches(config), dino, pixels, Store(latents))
-
-
-def _check_tokens(steps: list[Any], dino: Path, pixels: np.ndarray, store: Store) -> None:
-    truth = [tokens_of(dino, x) for x in (pixels, np.ascontiguousarray(pixels[..., ::-1]))]
-    seen = set()
-    for batch in (b for step in steps for b in step):
-        for x, sample, tokens in zip(batch.x, batch.id.tolist(), batch.tokens, strict=True):
-            mirrored = not torch.equal(x, torch.from_numpy(store.read(np.array([sample]), np.array([False])).x[0]))
-            assert relative_error(tokens, truth[mirrored][sample]) < 1e-5
-            seen.add(mirrored)
-    assert seen == {False, True}
-
-
 def test_images_of_the_data_itself_give_the_curve_of_stored_features(
     pixels: np.ndarray, dino: Path, tmp_path: Path
 ) -> None:
@@ -264,10 +109,6 @@ def test_images_of_the_data_itself_give_the_curve_of_stored_features(
         for given in ({"align__encoder": str(dino)}, {"align__features": str(tmp_path / "f")})
     ]
     assert relative_error(*curves) < 1e-4 and float(curves[0][:, -2].min()) > 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
 
 
 def test_training_draws_the_tokens_to_the_encoders_and_goes_on_exactly(
@@ -324,6 +165,14 @@ def test_a_run_goes_on_with_the_same_tokens_only(
     go_on(3, "encoded", encoder=dino, images=images)
 
 
+def test_the_mid_block_of_a_unet_is_drawn_to_the_encoders(latents: Path, features: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    unet = {"backbone": "unet", "depth": 2, "layers_per_level": 1, "patch_size": 1}
+    given = {**{f"model__{k}": v for k, v in unet.items()}, "probe__depth": 1, "align__depth": 1, "optim__lr": 3e-3}
+    lines = train(aligned(latents, align__features=str(features), train__steps=30, **given), tmp_path / "run").metrics()
+    assert lines[-1]["align"] < 0.8 * lines[0]["align"] and lines[-1]["lsep"] > 0
+
+
 @pytest.mark.parametrize("probe", [True, False])
 def test_a_step_replays_as_a_graph(latents: Path, features: Path, probe: bool) -> None:
     config = aligned(
@@ -373,58 +222,13 @@ def test_the_projectors_of_repa_are_taken_over(latents: Path, features: Path, tm
     setup(tiny(data__path=str(latents), train__init=str(aligned_run.path)))  # a plain run leaves projectors behind
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
-@pytest.mark.parametrize("shape", [(375, 500), (640, 480), (256, 341), (600, 600)])
-def test_decoded_images_are_those_the_latents_have(shape: tuple[int, int]) -> None:
-    """JPEG, not square, with an orientation in its EXIF: the place and the direction of `center_crop`."""
-    pytest.importorskip("nvidia.dali")
-    from PIL import Image
-
-    from lsep.data.dali import Decoder
-    from lsep.data.images import center_crop, open_image
-
-    height, width = shape
-    rows, columns = np.mgrid[:height, :width] / 20.0
-    waves = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + 2 * columns)], -1) * 100 + 128
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    Image.fromarray(waves.astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
-    decoder = Decoder(1, 200, 1, torch.device("cpu"))
-    got = decoder([file.getvalue()], None, lambda place: Path())[0].numpy().astype(int)
-    cut = center_crop(open_image(Path("x"), file.getvalue()), 200).astype(int)
-    apart = [np.abs(got - np.roll(cut, by, axis)).mean() for by, axis in ((0, 1), (1, 1), (-1, 1), (1, 2), (-1, 2))]
-    assert apart[0] == min(apart) and apart[0] < 1.5, apart
-    assert decoder.pipe.exec_dynamic, "a GPU's stream orders the output of no other executor"
-
-
-def test_a_clip_brings_its_own_normalisation(tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=8, image_size=32)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no preprocessor_config.json, expected one with the image_mean"):
-        Encoder(str(tmp_path), 4, torch.device("cpu"))
-    mean, std = [0.481, 0.458, 0.408], [0.269, 0.261, 0.276]
-    for file, values in (
-        ("processor_config.json", {"image_processor": {"image_mean": mean, "image_std": std}}),
-        ("preprocessor_config.json", {"image_mean": std, "image_std": mean}),  # goes before the other
-    ):
-        (tmp_path / file).write_text(json.dumps(values))
-        encoder = Encoder(str(tmp_path), 4, torch.device("cpu"))
-        wanted = mean if file.startswith("processor") else std
-        assert encoder.mean.flatten().tolist() == pytest.approx(wanted) and encoder.width == 16
-
-
-def test_half_precision_files_run_in_float32(dino: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
-    AutoModel.from_pretrained(dino).half().save_pretrained(tmp_path / "half")
-    encoder = Encoder(str(tmp_path / "half"), 4, torch.device("cpu"))
-    assert {p.dtype for p in encoder.model.parameters()} == {torch.float32}
+def test_bf16_is_asked_of_the_encoder(latents: Path, images: Path, dino: Path) -> None:
+    """Of the run's precision and the command's: near the float32 tokens, and not them."""
+    state = setup(aligned(latents, align__encoder=str(dino), align__images=str(images), train__precision="bf16"))
+    assert state.teacher.encoder is not None and state.teacher.encoder.bf16
+    x = torch.from_numpy(np.random.default_rng(0).integers(256, size=(2, 3, 56, 56), dtype=np.uint8))
+    half, full = state.teacher.encoder(x), Encoder(str(dino), 4, torch.device("cpu"))(x)
+    assert 1e-4 < relative_error(half, full) < 2e-2
 
 
 def test_what_cannot_be_meant_is_refused(
@@ -469,77 +273,3 @@ def test_what_cannot_be_meant_is_refused(
         setup(tiny(data__path=str(features)))
     with pytest.raises(UserError, match="keeps no images for --align.images, expected auto, torch or dali"):
         batches(aligned(latents, align__encoder=str(dino), align__images=str(images), data__loader="resident"))
-
-
-@pytest.mark.parametrize("damage", [b"no image", b"", None])
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_a_damaged_image_is_named_or_passed_over(
-    latents: Path, images: Path, dino: Path, pixels: np.ndarray, tmp_path: Path, loader: str, damage: bytes | None
-) -> None:
-    """What is no image, empty or a link to nowhere ends the run with its name, or is skipped like a damaged row: with the next two,
-    one of which shows its damage only once it has taken the first one's place."""
-    copy = tmp_path / "images"
-    shutil.copytree(images, copy)
-    given = {"align__encoder": str(dino), "align__images": str(copy), "data__loader": loader, "train__batch_size": 10}
-    skip = aligned(latents, **given, data__on_corrupt="skip")
-    whole = [i for step in batches(skip, 3) for batch in step for i in batch.id.tolist()]
-    bad = whole[3:5] + whole[12:13]
-    for sample in bad:
-        file = copy / f"{sample // 10:05d}" / f"img{sample:08d}.png"
-        file.unlink()
-        file.symlink_to("nowhere") if damage is None else file.write_bytes(damage)
-    name = f"img{bad[0]:08d}.png: (cannot be read|is empty, expected an image).*sample {bad[0]}"
-    with pytest.raises(UserError, match=name):
-        batches(aligned(latents, **given), 3)
-    found = []
-    for _ in range(2):
-        opened = open_loader(setup(skip), 0, 6)
-        steps = [[b.clone() for b in step] for step in opened]
-        found.append([batch.id.tolist() for step in steps for batch in step])
-        first = [i for batch in found[-1][:3] for i in batch]
-        assert first[3] == first[4] == whole[5] and first[12] == whole[13] and len(first) == len(whole)
-        assert opened.skipped == 6 and not set(bad) & {i for batch in found[-1] for i in batch}
-        _check_tokens(steps, dino, pixels, Store(latents))
-    assert found[0] == found[1]
-
-
-def test_what_dali_does_not_read_pillow_does(tmp_path: Path) -> None:
-    """A GIF under another name, as the latents were made of it; the images beside it as they are without it."""
-    from PIL import Image
-
-    from lsep.data.dali import Decoder, Undecodable
-    from lsep.data.images import center_crop, open_image
-
-    def jpg(place: int) -> Path:
-        return Path("abc"[place] + ".jpg")
-
-    rng, files = np.random.default_rng(3), []
-    for kind in ("PNG", "GIF", "JPEG"):
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(file, kind)
-        files.append(file.getvalue())
-    decoder = Decoder(3, 32, 2, torch.device("cpu"))
-    beside = decoder([files[0], files[0], files[2]], None, jpg).clone()
-    got = decoder(files, np.array([False, True, True]), jpg)
-    gif = torch.from_numpy(center_crop(open_image(tmp_path, files[1]), 32))
-    assert torch.equal(got[0], beside[0]) and torch.equal(got[1], gif.flip(-1))
-    assert torch.equal(got[2], beside[2].flip(-1))
-    cut = files[2][: len(files[2]) // 2]
-    with pytest.raises(Undecodable, match=r"^b.jpg: cannot be read as an image \(OSError: .*truncated") as caught:
-        decoder([files[1], cut, files[0]], None, jpg)
-    assert caught.value.place == 1
-    assert torch.equal(decoder([files[0], files[0], files[2]], None, jpg), beside)
-
-
-def test_bad_input_of_the_command(
-    latents: Path, images: Path, dino: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for more, sentence in (
-        ([], "has latents, expected --images, the folder of their images"),
-        (["--images", str(images), "--patch-size", "3"], "--patch-size is 3, expected a divisor of the data's side 8"),
-        (["--images", str(images), "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
-    ):
-        command = ["data", "features", str(latents), str(tmp_path / "out"), "--encoder", str(dino), *more]
-        code, err = main(command), capsys.readouterr().err
-        assert code == 2 and sentence in err
-        assert not (tmp_path / "out").exists()

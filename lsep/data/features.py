@@ -25,7 +25,6 @@ from lsep.data.writer import Block, Header, build
 from lsep.encoder import Encoder
 from lsep.errors import UserError
 
-
 _SHARD = 1 << 30
 """Bytes of a shard: what is in memory at once is twice that."""
 

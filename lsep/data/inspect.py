@@ -85,14 +85,25 @@ def describe(path: str, rows: int = 2048) -> str:
     variants = ", with mirror images" if m.flips else ""
     c, h, w = m.shape
     size = sum(s.entry.bytes * (1 if s.entry.layout == "packed" else s.entry.rows) for s in store.shards) / 2**20
-    lines = [
-        f"{m.rows} {m.kind} of {c} x {h} x {w}, {m.dtype}{variants}, {len(store.shards)} shards, {size:.1f} MiB",
-        f"scale {m.scale:g}, shift {m.shift:g}",
-        *_classes(store),
-        # At most 256 MiB as float64, however large the images.
-        *_statistics(store, np.linspace(0, m.rows - 1, min(rows, m.rows, 2**25 // m.row_bytes + 1)).astype(np.int64)),
+    whole = f"{m.rows} {m.kind} of {c} x {h} x {w}, {m.dtype}{variants}, {len(store.shards)} shards, {size:.1f} MiB"
+    # At most 256 MiB as float64, however large the images.
+    ids = np.linspace(0, m.rows - 1, min(rows, m.rows, 2**25 // m.row_bytes + 1)).astype(np.int64)
+    if m.kind == "features":
+        return "\n".join([whole, *_encoder(store, ids), *_classes(store)])
+    return "\n".join([whole, f"scale {m.scale:g}, shift {m.shift:g}", *_classes(store), *_statistics(store, ids)])
+
+
+def _encoder(store: Store, ids: Ids) -> list[str]:
+    """What the features are of, and the lengths of their tokens: those of a cosine must not be 0."""
+    m = store.manifest
+    x = store.read(ids, np.zeros(len(ids), bool) if m.flips else None).x.astype(np.float64)
+    lengths = np.sqrt((x**2).sum(1))
+    known = f"{m.encoder.name} at {m.encoder.size} pixels, sha256 {m.encoder.sha256[:16]}" if m.encoder else "unknown"
+    return [
+        f"encoder: {known}",
+        f"tokens over {len(ids)} rows: lengths {lengths.min():.3g} to {lengths.max():.3g}, mean {x.mean():+.3f}, "
+        f"std {x.std():.3f}",
     ]
-    return "\n".join(lines)
 
 
 def _classes(store: Store) -> list[str]:

@@ -153,7 +153,7 @@ class Loader:
             while True:
                 ids = host.columns[2].tolist()
                 try:
-                    return rows, host, decoder(host.files, host.flips, lambda place, ids=ids: images.path(ids[place]))
+                    return rows, host, decoder(host.files, host.flips, [images.path(i) for i in ids].__getitem__)
                 except Undecodable as error:
                     corrupt = images.give_up(ids[error.place], str(error))
                 if not sequence.skip:

@@ -103,7 +103,8 @@ def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]
     if listing.is_file() and (listed := _listed(listing)):
         return [path for path, _ in listed], np.array([label for _, label in listed], np.int64)
     found = _walked(folder)
-    return found, _labels_of(found, store.labels)
+    counted = len(found) == store.manifest.rows
+    return found, _labels_of(found, store, f"{flag} {folder}") if counted else None
 
 
 def _walked(folder: Path) -> list[str]:
@@ -119,13 +120,21 @@ def _walked(folder: Path) -> list[str]:
     return sorted(found, key=lambda path: path.replace("/", "\0"))
 
 
-def _labels_of(paths: list[str], labels: Ids) -> Ids | None:
-    """The labels that folders of classes say, in the order of their names; None where the folders are no classes."""
+def _labels_of(paths: list[str], store: Store, where: str) -> Ids | None:
+    """The labels that folders of classes say, in the order of their names; None of one folder or of numbered ones.
+
+    Raises UserError where the folders are of another number than the labels that there are.
+    """
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
-    classes, present = sorted(set(folders)), np.unique(labels)
+    classes, present = sorted(set(folders)), np.unique(store.labels)
     # REPA and EDM2 deal images into folders by number, which says nothing about their class.
-    if len(classes) != len(present) or all(re.fullmatch(r"\d{5}", name) for name in classes):
+    if len(classes) == 1 or all(re.fullmatch(r"\d{5}", name) for name in classes):
         return None
+    if len(classes) != len(present):
+        raise UserError(
+            f"{where}: {len(classes)} folders of images, but rows of {len(present)} classes in "
+            f"{store.manifest.source}, expected one folder a class, or all in one folder, which says nothing of classes"
+        )
     of = dict(zip(classes, present.tolist(), strict=True))
     return np.array([of[name] for name in folders], np.int64)
 

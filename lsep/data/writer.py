@@ -6,11 +6,13 @@
 A build that was killed goes on after its last whole shard and ends with the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +23,7 @@ from lsep.data.manifest import Ids, Kind, Origin
 from lsep.data.shards import columns_crc32
 from lsep.data.shards import header as read_header
 from lsep.data.store import FORMAT, VERSION
-from lsep.errors import UserError
+from lsep.errors import UserError, told
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _claim(out: Path, plan: dict[str, Any], rank: int) -> None:
 
 
 def _write_shard(path: Path, header: Header, block: Block) -> None:
-    from safetensors.numpy import save
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     rows = len(block.x)
     variants = {header.kind: block.x} | ({f"{header.kind}_flip": block.flip} if block.flip is not None else {})
@@ -164,24 +167,32 @@ def _write_shard(path: Path, header: Header, block: Block) -> None:
         tensors["paths"] = np.frombuffer(b"".join(encoded), np.uint8)
         tensors["path_ends"] = np.cumsum([len(p) for p in encoded]).astype(np.int64)
     try:
-        replace_file(path, save(tensors))
-    except OSError as error:
+        with _replacing(path) as temporary:
+            save_file(tensors, temporary)  # a shard can be large: not a second time in memory
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else told(error)
         raise UserError(
-            f"{path}: the shard could not be written ({error.strerror}); the shards before it are whole, "
+            f"{path}: the shard could not be written ({reason}); the shards before it are whole, "
             f"the same command goes on from there"
         ) from None
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, rename it; nothing is left behind on an error."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """The temporary name, under which the file is to be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -191,17 +202,18 @@ def entry_of(folder: Path, file: str, header: Header) -> dict[str, Any]:
     path = folder / file
     columns = read_header(path)
     x, flip = columns[header.kind], columns.get(f"{header.kind}_flip")
-    data = path.read_bytes()
     bad = np.zeros(x.shape[0], bool)
     if x.dtype != np.uint8:
         for column in (x, flip):
             if column is not None:
-                values = np.frombuffer(data[column.start : column.end], column.dtype)
-                bad |= ~np.isfinite(values).reshape(x.shape[0], -1).all(1)
+                values = np.memmap(path, column.dtype, "r", column.start, (x.shape[0], *x.shape[1:]))
+                bad |= np.array([not np.isfinite(row).all() for row in values])
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return {
         "file": file, "rows": x.shape[0], "layout": "packed", "offset": x.start,
-        "flip_offset": None if flip is None else flip.start, "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(), "columns": file, "columns_crc32": columns_crc32(path),
+        "flip_offset": None if flip is None else flip.start, "bytes": path.stat().st_size,
+        "sha256": digest, "columns": file, "columns_crc32": columns_crc32(path),
         "non_finite": int(bad.sum()),
     }  # fmt: skip
 
