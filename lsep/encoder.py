@@ -146,8 +146,9 @@ def load(name: str, flag: str) -> tuple[nn.Module, tuple[Any, Any]]:
     if missing:  # transformers only warns and leaves random numbers there
         raise UserError(f"{flag} {name}: {len(missing)} weights are missing, such as {sorted(missing)[0]!r}")
     model = getattr(model, "vision_model", model)
-    if model.main_input_name != "pixel_values":
-        raise UserError(f"{flag} {name}: a model of {model.main_input_name}, expected one of images")
+    given = getattr(model, "main_input_name", "pixel_values")  # transformers 4 has none of a tower by itself
+    if given != "pixel_values":
+        raise UserError(f"{flag} {name}: a model of {given}, expected one of images")
     # transformers 5 keeps a file's half precision; what is to run in bf16 does so under autocast.
     return model.float().eval().requires_grad_(False), _normalisation(place, f"{flag} {name}", model.config.model_type)
 
