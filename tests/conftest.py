@@ -152,7 +152,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dinov2")
     torch.manual_seed(0)
     small = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**small)).save_pretrained(folder)
+    Dinov2Model(Dinov2Config(**small, hidden_dropout_prob=0.1)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3})
     )

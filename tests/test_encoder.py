@@ -42,7 +42,7 @@ def test_a_clip_brings_its_own_normalisation(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=8, image_size=32)).save_pretrained(tmp_path)
+    CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=8, image_size=48)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no preprocessor_config.json, expected one with the image_mean"):
         Encoder(str(tmp_path), 4, torch.device("cpu"))
     mean, std = [0.481, 0.458, 0.408], [0.269, 0.261, 0.276]

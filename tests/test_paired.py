@@ -130,9 +130,9 @@ def test_images_are_those_of_the_rows_in_their_order(tmp_path: Path) -> None:
     """Of the store's own paths, of a dataset.json, or of folders by name; through links, without what is hidden."""
     own = ["b/2.png", "a/1.png"]
     assert Images(str(tmp_path), _store(tmp_path / "own", [0, 1], own)).paths == own
-    leaves = r"path '../c.png' of .* leaves the folder"
-    with pytest.raises(UserError, match=leaves):
-        Images(str(tmp_path), _store(tmp_path / "leaves", [0, 1], ["b/2.png", "../c.png"]))
+    for name, path in (("above", "../c.png"), ("absolute", "/c.png")):
+        with pytest.raises(UserError, match=f"path '{path}' of .* leaves the folder"):
+            Images(str(tmp_path), _store(tmp_path / name, [0, 1], ["b/2.png", path]))
 
     listed = _touch(tmp_path / "listed", ["00000/b.png", "00000/a.png", "00001/c.png"])
     (listed / "dataset.json").write_text(
