@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_the_same_tokens_only(
     shutil.copytree(dino, tmp_path / "encoder")
     shutil.copytree(images, tmp_path / "images")
     x = np.random.default_rng(9).normal(size=(ROWS, WIDTH, 4, 4)).astype(np.float32)
-    write_store(tmp_path / "others", kind="features", x=x, y=LABELS, num_classes=5, flip=x)
+    write_store(tmp_path / "others", kind="features", x=x, y=LABELS, num_classes=5, flip=x, shard_rows=13)
 
     def go_on(steps: int, run: str, **given: Any) -> None:
         train(aligned(latents, train__steps=steps, **{f"align__{k}": str(v) for k, v in given.items()}), tmp_path / run)

@@ -19,12 +19,14 @@ from conftest import (
     relative_error,
     tokens_of,
 )
+from PIL import Image
 
 from lsep.cli import main
 from lsep.data.features import Tokens
+from lsep.data.images import center_crop, open_image
 from lsep.data.paired import Images
 from lsep.data.store import Store
-from lsep.data.writer import Block, Header, build
+from lsep.data.writer import Block, Header, build, write_store
 from lsep.encoder import Encoder
 from lsep.errors import UserError
 from lsep.step import open_loader, setup
@@ -79,26 +81,28 @@ def _check_tokens(steps: list[Any], dino: Path, pixels: np.ndarray, store: Store
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (640, 480), (256, 341), (600, 600)])
-def test_decoded_images_are_those_the_latents_have(shape: tuple[int, int]) -> None:
-    """JPEG, not square, with an orientation in its EXIF: the place and the direction of `center_crop`."""
-    pytest.importorskip("nvidia.dali")
-    from PIL import Image
+def test_decoded_images_are_those_the_latents_have(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """JPEG, not square, with an orientation in its EXIF: place, direction and filter of `center_crop`, by DALI itself.
 
+    Noise tells filters apart: nearest pixels are 8 levels and more from it, no antialiasing 3.5, the bicubic one 2.
+    """
+    pytest.importorskip("nvidia.dali")
     from lsep.data.dali import Decoder
-    from lsep.data.images import center_crop, open_image
 
     height, width = shape
     rows, columns = np.mgrid[:height, :width] / 20.0
-    waves = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + 2 * columns)], -1) * 100 + 128
+    waves = np.stack([np.sin(rows), np.cos(columns), np.sin(rows + 2 * columns)], -1) * 80 + 128
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
-    Image.fromarray(waves.astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
+    waves += np.random.default_rng(0).normal(size=(height, width, 1)) * 15
+    Image.fromarray(waves.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
     decoder = Decoder(1, 200, 1, torch.device("cpu"))
+    monkeypatch.delattr(Decoder, "_one_by_one")
     got = decoder([file.getvalue()], None, lambda place: Path())[0].numpy().astype(int)
     cut = center_crop(open_image(Path("x"), file.getvalue()), 200).astype(int)
     apart = [np.abs(got - np.roll(cut, by, axis)).mean() for by, axis in ((0, 1), (1, 1), (-1, 1), (1, 2), (-1, 2))]
-    assert apart[0] == min(apart) and apart[0] < 1.5, apart
+    assert apart[0] == min(apart) and apart[0] < 2.5, apart
     assert decoder.pipe.exec_dynamic, "a GPU's stream orders the output of no other executor"
 
 
@@ -182,10 +186,34 @@ def test_a_build_of_tokens_goes_on_with_the_same_images_and_encoder(
     assert "img00000029.png: cannot be read as an image" in capsys.readouterr().err
     assert len(list(out.glob("shard-*"))) == 2 and not (out / "manifest.json").exists()
     assert command() == 2 and "holds an unfinished build of something else" in capsys.readouterr().err
-    assert command("--batch-size", "8", images=copy) == 2 and "unfinished build" in capsys.readouterr().err
+    for other in (("--batch-size", "8"), ("--image-size", "32"), ("--precision", "bf16")):
+        assert command(*other, images=copy) == 2 and "unfinished build" in capsys.readouterr().err
     shutil.copy(images / "00002" / "img00000029.png", copy / "00002")
     assert command(images=copy) == 0
     assert Store(out).fingerprint() == Store(features).fingerprint()
+
+
+def test_flags_of_the_command_reach_the_encoder(
+    latents: Path, images: Path, dino: Path, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """The side of the images, the precision and the stored type."""
+    command = ["data", "features", str(latents), str(tmp_path / "out"), "--encoder", str(dino), "--images", str(images)]
+    assert main([*command, "--image-size", "32", "--precision", "bf16", "--dtype", "float32", "--device", "cpu"]) == 0
+    small = np.stack([center_crop(Image.fromarray(x.transpose(1, 2, 0)), 32) for x in pixels])
+    found = torch.from_numpy(Store(tmp_path / "out").read(np.arange(ROWS), np.zeros(ROWS, bool)).x)
+    error = relative_error(found.flatten(2).transpose(1, 2), tokens_of(dino, small))
+    assert 1e-4 < error < 2e-2 < relative_error(found.flatten(2).transpose(1, 2), tokens_of(dino, pixels))
+
+
+def test_mirror_images_of_a_store_of_pixels_are_its_own(dino: Path, pixels: np.ndarray, tmp_path: Path) -> None:
+    """As they are stored, whatever they are."""
+    others = np.ascontiguousarray(pixels[::-1])
+    write_store(tmp_path / "pixels", kind="pixels", x=pixels, y=LABELS, num_classes=5, flip=others)
+    command = ["data", "features", str(tmp_path / "pixels"), str(tmp_path / "out"), "--encoder", str(dino)]
+    assert main([*command, "--patch-size", "16", "--dtype", "float32", "--device", "cpu"]) == 0
+    for mirrored, x in ((False, pixels), (True, others)):
+        rows = torch.from_numpy(Store(tmp_path / "out").read(np.arange(ROWS), np.full(ROWS, mirrored)).x)
+        assert relative_error(rows.flatten(2).transpose(1, 2), tokens_of(dino, x)) < 1e-5
 
 
 def test_a_shard_holds_a_gibibyte_of_whole_batches(latents: Path, images: Path, dino: Path) -> None:
@@ -246,10 +274,7 @@ def test_a_damaged_image_is_named_or_passed_over(
 
 def test_what_dali_does_not_read_pillow_does(tmp_path: Path) -> None:
     """A GIF under another name, as the latents were made of it; the images beside it as they are without it."""
-    from PIL import Image
-
     from lsep.data.dali import Decoder, Undecodable
-    from lsep.data.images import center_crop, open_image
 
     def jpg(place: int) -> Path:
         return Path("abc"[place] + ".jpg")

@@ -155,10 +155,8 @@ class Loader:
                 try:
                     return rows, host, decoder(host.files, host.flips, [images.path(i) for i in ids].__getitem__)
                 except Undecodable as error:
-                    corrupt = images.give_up(ids[error.place], str(error))
-                if not sequence.skip:
-                    raise corrupt
-                # Read again, as a damaged row is passed over: so rarely that it may take its time.
+                    images.give_up(ids[error.place], str(error))
+                # Read again, which raises or passes it over like any damaged row: so rarely that it may take its time.
                 buffer = sequence.buffer(np.empty)
                 host = sequence.read(host.number, buffer)
                 rows = [torch.from_numpy(part).to(self.device) for part in buffer if part is not None]

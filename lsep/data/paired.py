@@ -86,10 +86,9 @@ class Images:
             out.append(data)
         return out
 
-    def give_up(self, sample: int, sentence: str) -> CorruptRow:
-        """From here on this sample counts as damaged; returns what `read` raises for it."""
+    def give_up(self, sample: int, sentence: str) -> None:
+        """From here on this sample counts as damaged."""
         self.damaged[sample] = CorruptRow(f"{sentence} (sample {sample})", sample)
-        return self.damaged[sample]
 
 
 def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]:
