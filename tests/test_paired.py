@@ -69,6 +69,22 @@ def test_images_are_encoded_on_the_fly(
     _check_tokens(batches(config), dino, pixels, Store(latents))
 
 
+def test_images_are_brought_to_the_size_asked_for(latents: Path, images: Path, dino: Path, pixels: np.ndarray) -> None:
+    given = {"align__encoder": str(dino), "align__images": str(images), "train__batch_size": ROWS}
+    ((batch,),) = batches(aligned(latents, **given, align__image_size=32), 1)
+    store = Store(latents)
+    mirrored = [
+        not torch.equal(x, torch.from_numpy(store.read(np.array([i]), np.array([False])).x[0]))
+        for x, i in zip(batch.x, batch.id.tolist(), strict=True)
+    ]
+    seen = np.stack(
+        [pixels[i][..., ::-1] if m else pixels[i] for m, i in zip(mirrored, batch.id.tolist(), strict=True)]
+    )
+    small = np.stack([center_crop(Image.fromarray(x.transpose(1, 2, 0)), 32) for x in seen])
+    errors = [relative_error(batch.tokens, tokens_of(dino, x)) for x in (small, np.ascontiguousarray(seen))]
+    assert errors[0] < 0.3 * errors[1], errors
+
+
 def _check_tokens(steps: list[Any], dino: Path, pixels: np.ndarray, store: Store) -> None:
     truth = [tokens_of(dino, x) for x in (pixels, np.ascontiguousarray(pixels[..., ::-1]))]
     seen = set()
