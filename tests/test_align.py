@@ -128,7 +128,13 @@ def test_training_draws_the_tokens_to_the_encoders_and_goes_on_exactly(
     assert abs(lines[-1]["loss"] - sum(lines[-1][k] for k in ("denoising", "lsep", "align"))) < 1e-9
     assert "align" in (tmp_path / "whole" / "report.html").read_text()
     assert main(["sample", str(tmp_path / "whole"), "--num", "4", "--steps", "2"]) == 0
-    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "out"), "--format", "sit"]) == 0
+    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "sit"), "--format", "sit"]) == 0
+    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "own")]) == 0
+    assert main(["import", str(tmp_path / "own" / "model.safetensors"), "--out", str(tmp_path / "again")]) == 0
+    one, two = (
+        checkpoint.read_tensors(checkpoint.find(tmp_path / r / "checkpoints", None), "ema") for r in ("whole", "again")
+    )
+    assert two and all(torch.equal(one[name], tensor) for name, tensor in two.items())
 
 
 def test_a_run_goes_on_with_the_same_tokens_only(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lsep.config import Config, ModelConfig, from_dict
+from lsep.config import AlignConfig, Config, ModelConfig, from_dict
 from lsep.errors import UserError, shown, told
 from lsep.presets import PRESETS
 from lsep.weights import diffusers_dit
@@ -155,7 +155,9 @@ def configuration(found: Foreign, where: str, num_heads: int | None) -> Config:
     """A configuration whose model has the shapes of the weights, from the preset of its size where there is one."""
     t = found.tensors
     if found.config is not None:
-        return replace(found.config, probe=replace(found.config.probe, enabled=bool(found.classifier)))
+        # Without what was left behind: the probe, unless it was asked for, and the projectors of an alignment.
+        probe = replace(found.config.probe, enabled=bool(found.classifier))
+        return replace(found.config, probe=probe, align=AlignConfig())
     try:
         width, channels, patch, _ = t["x_embedder.proj.weight"].shape
         depth = count_blocks(t, "blocks", where)
