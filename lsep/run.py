@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lsep.config import Config, flat, from_dict
-from lsep.data.manifest import Manifest, parse
+from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, one_line, shown, told
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
@@ -168,14 +168,10 @@ class Run:
         values, where = self._config_json().get("manifest"), f"{self.config_file}: manifest"
         if not isinstance(values, dict):
             raise UserError(f"{self.config_file}: no description of the data, manifest is {shown(values)}")
-        source, rows, flips = (values.get(name) for name in ("source", "rows", "flips"))
+        source = values.get("source")
         if not isinstance(source, str) or not one_line(source):
             raise UserError(f"{where}: source is {shown(source)}, expected a path in one line")
-        if type(rows) is not int or rows < 1 or not isinstance(flips, bool):
-            raise UserError(
-                f"{where}: rows and flips are {shown(rows)} and {shown(flips)}, expected a count, and true or false"
-            )
-        return parse(values, where, source, rows, flips)
+        return parse_described(values, where, source)
 
     def _teacher(self) -> dict[str, Any]:
         value = self._config_json().get("teacher", {})

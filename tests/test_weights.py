@@ -7,11 +7,13 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MANIFEST, lively, relative_error, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -215,8 +217,46 @@ def test_the_probe_goes_out_where_asked(trained: Run, tmp_path: Path) -> None:
     assert "classifier.1.weight" in load_file(tmp_path / "out" / "model.safetensors")
     import_weights(tmp_path / "out" / "model.safetensors", tmp_path / "again", Given())
     assert Run(tmp_path / "again").config() == trained.config()
+    assert replace(Run(tmp_path / "again").manifest(), source="") == replace(trained.manifest(), source="")
     with pytest.raises(UserError, match="--with-probe is for --format safetensors"):
         export(trained, "sit", tmp_path / "other", probe=True)
+
+
+def test_an_export_says_what_the_data_was(trained: Run, tmp_path: Path) -> None:
+    """Kind, scale and classes come back without a flag; a flag counts more; what cannot be meant is refused."""
+    export(trained, "safetensors", tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+
+    def manifest(name: str, **given: Any) -> Manifest:
+        import_weights(file, tmp_path / name, Given(**given))
+        return Run(tmp_path / name).manifest()
+
+    found = manifest("same")
+    assert (found.kind, found.scale, found.rows, found.dtype) == ("samples", 0.5, 20, "float32")
+    assert found.source == "what model.safetensors was trained on"
+    assert manifest("scaled", scale=0.25) == replace(found, scale=0.25)
+    assert manifest("moments", kind="moments") == replace(found, kind="moments", scale=0.18215)
+    assert manifest("pixels", kind="pixels") == replace(found, kind="pixels", scale=1.0, dtype="uint8")
+    with pytest.raises(UserError, match="--scale is 0.5, but pixels have none"):
+        manifest("no", kind="pixels", scale=0.5)
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for data, sentence in (
+        ("{", "metadata: data: cannot be read as JSON"),
+        ("3", "metadata: data is 3, expected an object"),
+        ('{"rows": 0}', "metadata: data: rows and flips are 0 and None, expected a count, and true or false"),
+        (
+            metadata["data"].replace('"num_classes": 5', '"num_classes": 6'),
+            r"\(3, 8, 8\) and 6 classes, expected those",
+        ),
+    ):
+        save_file(tensors, file, {**metadata, "data": data})
+        with pytest.raises(UserError, match=sentence):
+            manifest("no")
+        assert not (tmp_path / "no").exists()
+    save_file(tensors, file, {k: v for k, v in metadata.items() if k != "data"})  # as exported before
+    assert (manifest("older").kind, Run(tmp_path / "older").manifest().scale) == ("moments", 0.18215)
 
 
 def test_diffusers_computes_the_same(imported: Path, tmp_path: Path) -> None:

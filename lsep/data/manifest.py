@@ -106,6 +106,16 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
     )  # fmt: skip
 
 
+def parse_described(value: dict[str, Any], where: str, source: str) -> Manifest:
+    """As `parse`, of a description apart from the data, which says rows and flips itself."""
+    rows, flips = value.get("rows"), value.get("flips")
+    if type(rows) is not int or rows < 1 or not isinstance(flips, bool):
+        raise UserError(
+            f"{where}: rows and flips are {shown(rows)} and {shown(flips)}, expected a count, and true or false"
+        )
+    return parse(value, where, source, rows, flips)
+
+
 class Rows(NamedTuple):
     """Rows of a data set: x `(B, *row_shape)`, labels and probe labels `(B,)` int64."""
 

@@ -20,10 +20,10 @@ class ImportArgs:
     """Of a file with both, take the averaged weights."""
     num_heads: int | None = None
     """Attention heads, for a width of no published size."""
-    kind: Literal["moments", "samples", "pixels"] = "moments"
-    """What the model was trained on: a VAE's moments or samples, or pixels."""
-    scale: float = 0.18215
-    """Factor the model's latents have over the VAE's."""
+    kind: Literal["moments", "samples", "pixels"] | None = None
+    """What the model was trained on: a VAE's moments or samples, or pixels; our own exports say it, else moments."""
+    scale: float | None = None
+    """Factor the model's latents have over the VAE's; our own exports say it, else 0.18215."""
     keep_projectors: bool = False
     """Write REPA's projectors beside the run."""
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lsep import __version__, averages, checkpoint, shards, unet
 from lsep.config import Config
+from lsep.data.manifest import Manifest
 from lsep.errors import UserError
 from lsep.run import Run
 from lsep.weights import card, diffusers_dit
@@ -65,7 +66,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        notes = _write(temporary, form, backbone, config, int(folder.name))
+        notes = _write(temporary, form, backbone, config, run.manifest(), int(folder.name))
         (temporary / "README.md").write_text(card.text(run, config, form, part, int(folder.name), notes))
         temporary.chmod(0o755)
         temporary.rename(out)
@@ -75,7 +76,7 @@ def export(
     return [f"{part} weights of step {int(folder.name)} as {out / FILES[form]}", *notes]
 
 
-def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: int) -> list[str]:
+def _write(folder: Path, form: Format, tensors: Tensors, config: Config, manifest: Manifest, step: int) -> list[str]:
     file, path = folder / FILES[form], _PATHS[config.interpolant.path]
     if form == "safetensors":
         metadata = {
@@ -83,6 +84,7 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, step: i
             "version": __version__,
             "step": str(step),
             "config": json.dumps({k: v for k, v in asdict(config).items() if k not in ("backend", "dist")}),
+            "data": json.dumps({k: v for k, v in asdict(manifest).items() if k != "source"}),
         }
         save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
         return [f"predicts {config.interpolant.prediction}; t = 1 is noise, {path}"]

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from lsep.config import AlignConfig, Config, ModelConfig, from_dict
+from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, shown, told
 from lsep.presets import PRESETS
 from lsep.weights import diffusers_dit
@@ -39,6 +40,8 @@ class Foreign:
     """Sentences for the user."""
     config: Config | None = None
     """What the weights were trained with, where the file says it."""
+    manifest: Manifest | None = None
+    """And on."""
 
 
 def recognise(raw: Raw, form: Form | None) -> Form:
@@ -77,6 +80,7 @@ def translate(raw: Raw, form: Form) -> Foreign:
     found = Foreign(form, {})
     if raw.rest.get("format") == "lsep":
         found.config = _own_config(raw)
+        found.manifest = _own_manifest(raw, found.config)
     depth = count_blocks(raw.tensors, "blocks", str(raw.path))
     for name, tensor in raw.tensors.items():
         later = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)  # of old REPA files
@@ -131,6 +135,25 @@ def _own_config(raw: Raw) -> Config:
     if None in (config.model.input_size, config.model.in_channels, config.model.num_classes):
         raise UserError(f"{raw.path}: metadata: the sizes of the data are missing, expected an export of lsep")
     return config
+
+
+def _own_manifest(raw: Raw, config: Config) -> Manifest | None:
+    """What the data was, in the metadata of an export of ours; None where it does not say it, as older ones."""
+    where = f"{raw.path}: metadata: data"
+    if "data" not in raw.rest:
+        return None
+    try:
+        values = json.loads(raw.rest["data"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON ({told(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {shown(values)}, expected an object")
+    found, m = parse_described(values, where, f"what {raw.path.name} was trained on"), config.model
+    if (*found.shape, found.num_classes) != (m.in_channels, m.input_size, m.input_size, m.num_classes):
+        raise UserError(
+            f"{where}: shape {found.shape} and {found.num_classes} classes, expected those of the configuration"
+        )
+    return found
 
 
 def weight_half(found: Foreign) -> int:

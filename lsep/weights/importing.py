@@ -1,6 +1,6 @@
 """`lsep import`: somebody's weights as a run of ours, to be sampled, evaluated, exported, and started from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from lsep.weights.foreign import Foreign, Form, configuration, fit, recognise, t
 from lsep.weights.making import make_run, require_new
 from lsep.weights.read import read
 
+_SCALE = 0.18215
+"""Of Stable Diffusion's VAE, whose latents the published models see."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -25,8 +28,10 @@ class Given:
     form: Form | None = None
     ema: bool = True
     num_heads: int | None = None
-    kind: Kind = "moments"
-    scale: float = 0.18215
+    kind: Kind | None = None
+    """None: what the file says, or else moments."""
+    scale: float | None = None
+    """None: what the file says, or else `_SCALE`; pixels have none."""
     keep_projectors: bool = False
 
 
@@ -74,13 +79,27 @@ def _objective(config: Config, manifest: Manifest, found: Foreign, where: str) -
 
 
 def _manifest(config: Config, found: Foreign, path: Path, given: Given) -> Manifest:
+    """What the data was: as the file says, or else latents of that shape; `given` counts more."""
+    manifest = found.manifest or _likely(config, found, path)
+    if given.kind not in (None, manifest.kind):
+        pixels = given.kind == "pixels"
+        kind, scale, dtype = given.kind, 1.0 if pixels else _SCALE, "uint8" if pixels else "float32"
+        manifest = replace(manifest, kind=kind, scale=scale, shift=0.0, dtype=dtype)
+    if given.scale is None:
+        return manifest
+    if manifest.kind == "pixels":
+        raise UserError(f"--scale is {given.scale:g}, but pixels have none: expected it for moments or samples")
+    return replace(manifest, scale=given.scale)
+
+
+def _likely(config: Config, found: Foreign, path: Path) -> Manifest:
     m = config.model
     assert m.in_channels is not None and m.input_size is not None and m.num_classes is not None
     probe = found.classifier.get("classifier.1.weight")
     return Manifest(
-        source=f"weights imported from {path.name}", kind=given.kind, shape=(m.in_channels, m.input_size, m.input_size),
-        rows=1, num_classes=m.num_classes, probe_classes=m.num_classes if probe is None else len(probe),
-        scale=1.0 if given.kind == "pixels" else given.scale, dtype="uint8" if given.kind == "pixels" else "float32",
+        source=f"weights imported from {path.name}", kind="moments",
+        shape=(m.in_channels, m.input_size, m.input_size), rows=1, num_classes=m.num_classes,
+        probe_classes=m.num_classes if probe is None else len(probe), scale=_SCALE,
     )  # fmt: skip
 
 
