@@ -78,7 +78,8 @@ class Run:
                 for k in after
                 if k != "source" and before[k] != after[k]
             ]
-            known, given = self._teacher(), teacher or {}
+            given = teacher or {}
+            known = self._teacher(given)
             changed += [
                 f"align.{k}'s sha256: {shown(known.get(k))} -> {shown(given.get(k))}"
                 for k in sorted(known.keys() | given.keys())
@@ -173,8 +174,9 @@ class Run:
             raise UserError(f"{where}: source is {shown(source)}, expected a path in one line")
         return parse_described(values, where, source)
 
-    def _teacher(self) -> dict[str, Any]:
-        value = self._config_json().get("teacher", {})
+    def _teacher(self, given: dict[str, str]) -> dict[str, Any]:
+        """What the run is aligned with; of a run from before that was written down, `given`."""
+        value = self._config_json().get("teacher", given)
         if not isinstance(value, dict):
             raise UserError(f"{self.config_file}: teacher is {shown(value)}, expected an object")
         return value

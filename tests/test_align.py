@@ -169,6 +169,15 @@ def test_a_run_goes_on_with_the_same_tokens_only(
     with pytest.raises(UserError, match=r"\(align.encoder's sha256: '.*' -> '.*'\)"):
         go_on(3, "encoded", encoder=tmp_path / "encoder", images=images)
     go_on(3, "encoded", encoder=dino, images=images)
+    config = tmp_path / "encoded" / "config.json"
+    values = json.loads(config.read_text())
+    del values["teacher"]  # as runs of earlier versions have it
+    config.write_text(json.dumps(values))
+    go_on(4, "encoded", encoder=dino, images=images)
+    assert json.loads(config.read_text())["teacher"].keys() == {"encoder", "images"}
+    config.write_text(json.dumps({**values, "teacher": 3}))
+    with pytest.raises(UserError, match=r"config.json: teacher is 3, expected an object"):
+        go_on(5, "encoded", encoder=dino, images=images)
 
 
 def test_the_mid_block_of_a_unet_is_drawn_to_the_encoders(latents: Path, features: Path, tmp_path: Path) -> None:
