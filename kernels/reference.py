@@ -39,16 +39,20 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
-        # int64 wraps modulo 2^64, so both halves of a 32 x 32 bit product come out right after the mask.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
-            p0 & _MASK32,
-        )
+        (high0, low0), (high1, low1) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return c0, c1, c2, c3
+
+
+def _product(word: Tensor, odd: int) -> tuple[Tensor, Tensor]:
+    """Upper and lower half of the 64-bit product of a 32-bit word and an odd 32-bit constant.
+
+    (word - 2^31) odd + 2^31 = word odd - 2^32 (odd - 1) / 2 stays inside int64: in the C++ that torch.compile makes for
+    one element on a CPU, an overflow is undefined, and gave other numbers.
+    """
+    shifted = (word - 2**31) * odd + 2**31
+    return (shifted >> 32) + (odd >> 1), shifted & _MASK32
 
 
 def _counter(ids: Tensor, epoch: Tensor | int, stream: int, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

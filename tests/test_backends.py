@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -190,3 +191,17 @@ def test_the_objective_over_triton_is_one_graph(extra_fraction: float | None) ->
         gradients.append([losses.total, *(p.grad for p in objective.parameters())])
     for expected, found in zip(*gradients, strict=True):
         assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_draws_what_an_eager_one_does(store: Path) -> None:
+    """Losses, gradient norm and hits of five steps over two epochs, by the code that torch.compile makes here."""
+    curves = []
+    for what in ("off", "model"):
+        state = setup(
+            tiny(data__path=str(store), train__device=DEVICE.type, train__precision="fp32", train__compile=what)
+        )
+        curves.append(torch.stack([train_step(state, i, b).cpu() for i, b in enumerate(open_loader(state, 0, 5))]))
+    expected, found = curves
+    assert relative_error(found[:, :3] / expected[:, :3], torch.ones(5, 3)) < 1e-5
+    assert torch.equal(found[:, 3:-2], expected[:, 3:-2])  # hits and counts

@@ -1,6 +1,8 @@
 """kernels/reference.py against formulas written out another way."""
 
 import math
+import shutil
+from functools import partial
 from itertools import product
 
 import pytest
@@ -29,6 +31,16 @@ def words(*values: int) -> list[torch.Tensor]:
 )
 def test_philox_known_answers(key: int, counter: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert tuple(int(w) for w in ref.philox(key, *words(*counter))) == expected
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("count", [1, 3])
+def test_compiled_random_numbers_are_the_same(count: int) -> None:
+    """One element runs as plain C++, several as vectors: no word may rest on what int64 does beyond its range."""
+    compiled = torch.compile(partial(ref.uniform, 5, 1), fullgraph=True, dynamic=False)
+    epochs, ids = torch.tensor([0, 1, 2**32 - 1]), torch.arange(count)
+    for epoch in epochs:
+        assert torch.equal(compiled(epoch, ids), ref.uniform(5, 1, epoch, ids))
 
 
 def test_random_numbers_depend_on_their_key_only() -> None:
