@@ -33,6 +33,10 @@ from lsep_kernels.reference import gate_residual, norm_modulate
 pytest.importorskip("transformers", reason='pip install -e ".[align]"')
 
 STEP, EPOCH = torch.tensor(3), torch.tensor(0)
+UNET = {
+    "model__backbone": "unet", "model__depth": 2, "model__layers_per_level": 1, "model__patch_size": 1,
+    "probe__depth": 1, "align__depth": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -182,20 +186,24 @@ def test_a_run_goes_on_with_the_same_tokens_only(
 
 def test_the_mid_block_of_a_unet_is_drawn_to_the_encoders(latents: Path, features: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    unet = {"backbone": "unet", "depth": 2, "layers_per_level": 1, "patch_size": 1}
-    given = {**{f"model__{k}": v for k, v in unet.items()}, "probe__depth": 1, "align__depth": 1, "optim__lr": 3e-3}
-    lines = train(aligned(latents, align__features=str(features), train__steps=30, **given), tmp_path / "run").metrics()
+    given = {**UNET, "align__features": str(features), "train__steps": 30, "optim__lr": 3e-3}
+    lines = train(aligned(latents, **given), tmp_path / "run").metrics()
     assert lines[-1]["align"] < 0.8 * lines[0]["align"] and lines[-1]["lsep"] > 0
 
 
-@pytest.mark.parametrize("probe", [True, False])
-def test_a_step_replays_as_a_graph(latents: Path, features: Path, probe: bool) -> None:
-    config = aligned(
-        latents, align__features=str(features), backend__optimizer="reference", probe__enabled=probe, train__steps=12
-    )
-    eager, recorded = setup(config), setup(config)
+@pytest.mark.parametrize("changes", [{}, {"probe__enabled": False}, UNET])
+def test_a_step_replays_as_a_graph(latents: Path, features: Path, changes: dict[str, Any]) -> None:
+    """With averages beside the EMA, which are updated in it: the same bits."""
+    given = {
+        "align__features": str(features), "backend__optimizer": "reference", "train__steps": 12,
+        "optim__ema_extra": (0.5,), "optim__ema_profiles": (0.05,), **changes,
+    }  # fmt: skip
+    eager, recorded = setup(aligned(latents, **given)), setup(aligned(latents, **given))
     recorded.compute = Recorded(recorded.compute, recorded.device)
     assert torch.equal(replayed(recorded, 12), replayed(eager, 12))
+    assert len(eager.averages) == 2
+    for name, average in eager.averages.items():
+        assert all(map(torch.equal, average.parameters(), recorded.averages[name].parameters())), name
 
 
 def test_processes_have_the_losses_of_one(latents: Path, features: Path, tmp_path: Path) -> None:
