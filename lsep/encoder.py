@@ -59,6 +59,8 @@ class Encoder:
             raise UserError(f"{where}: gives {tuple(found.shape)}, expected (images, tokens, width)")
         if found.shape[1] < self.grid**2:
             raise UserError(f"{where}: gives {found.shape[1]} tokens of {self.grid**2} patches, expected one a patch")
+        if not torch.isfinite(found).all():
+            raise UserError(f"{where}: gives values that are not finite, expected numbers")
         if found.shape != again.shape or not (found - again).norm() <= 1e-3 * found.norm():
             raise UserError(f"{where}: gives other tokens each time for the same image, expected the same")
         return found.shape[2]

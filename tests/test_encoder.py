@@ -1,6 +1,7 @@
 """Frozen encoders: the tokens of transformers' own models, one a patch, in order; and those that have none."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,13 @@ def test_what_gives_no_token_a_patch_is_refused(dino: Path, tmp_path: Path, monk
 
     from transformers import Dinov2Model
 
+    broken = tmp_path / "broken"
+    shutil.copytree(dino, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["layernorm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="gives values that are not finite, expected numbers"):
+        Encoder(str(broken), 4, torch.device("cpu"))
     whole = Dinov2Model.forward
     monkeypatch.setattr(
         Dinov2Model, "forward", lambda self, pixel_values: whole(self, pixel_values + torch.randn_like(pixel_values))

@@ -221,6 +221,19 @@ def test_flags_of_the_command_reach_the_encoder(
     assert 1e-4 < error < 2e-2 < relative_error(found.flatten(2).transpose(1, 2), tokens_of(dino, pixels))
 
 
+def test_tokens_beyond_float16_are_refused(latents: Path, images: Path, dino: Path, tmp_path: Path) -> None:
+    """They would be damaged rows of a finished store."""
+    source = Store(latents)
+    encoder = Encoder(str(dino), 4, torch.device("cpu"))
+    encoder.model.layernorm.weight.fill_(1e6)  # type: ignore[union-attr, operator]
+    found = Images(str(images), source)
+    with pytest.raises(
+        UserError, match="rows 7 to 13 have tokens that are not finite in float16, expected --dtype float32"
+    ):
+        Tokens(source, found, encoder, 7, 64, "float16").read(7, ROWS)
+    assert np.isfinite(Tokens(source, found, encoder, 7, 64, "float32").read(7, ROWS).x).all()
+
+
 def test_mirror_images_of_a_store_of_pixels_are_its_own(dino: Path, pixels: np.ndarray, tmp_path: Path) -> None:
     """As they are stored, whatever they are."""
     others = np.ascontiguousarray(pixels[::-1])

@@ -110,7 +110,14 @@ class Tokens:
         found = [np.empty((stop - start, *self.header.shape), self.dtype) for _ in range(1 + self.header.flips)]
         for cut, variants in zip(cuts, self._pixels(cuts), strict=True):
             for x, images in zip(found, variants, strict=True):
-                x[cut.start - start : cut.stop - start] = self._encoded(images)
+                tokens = self._encoded(images)
+                if not np.isfinite(tokens).all():
+                    wanted = "--dtype float32" if self.dtype == "float16" else "numbers"
+                    raise UserError(
+                        f"{self.source.manifest.source}: rows {cut.start} to {cut.stop - 1} have tokens that are not "
+                        f"finite in {self.dtype}, expected {wanted}"
+                    )
+                x[cut.start - start : cut.stop - start] = tokens
         return Block(found[0], self.source.labels[start:stop], flip=found[1] if self.header.flips else None)
 
     def _encoded(self, images: Tensor) -> np.ndarray:
