@@ -338,3 +338,5 @@ def test_bad_input_of_the_command(
         code, err = main(command), capsys.readouterr().err
         assert code == 2 and sentence in err
         assert not (tmp_path / "out").exists()
+    command = ["data", "features", "digits", str(tmp_path / "out"), "--encoder", str(dino), "--image-size", "32"]
+    assert main(command) == 2 and "--image-size is 32 without --images, which it is for" in capsys.readouterr().err

@@ -59,6 +59,8 @@ def write_features(
     if pixels == (images is not None):
         has, want = ("images itself", "no --images") if pixels else ("latents", "--images, the folder of their images")
         raise UserError(f"{store} has {has}, expected {want}")
+    if image_size is not None and images is None:
+        raise UserError(f"--image-size is {image_size} without --images, which it is for")
     if pixels and source.manifest.shape[0] not in (1, 3):
         raise UserError(f"{store}: images of {source.manifest.shape[0]} channels, expected 1 or 3")
     if side % patch_size:
