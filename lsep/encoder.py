@@ -19,6 +19,7 @@ from lsep.data.manifest import Origin
 from lsep.errors import UserError, told
 
 INSTALL = 'pip install -e ".[align]"'
+_POOLER = "pooler"  # nothing here uses it
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -81,13 +82,18 @@ class Encoder:
 
 
 def _fingerprint(model: nn.Module, size: int, mean: Any, std: Any) -> str:
-    """sha256 of the weights, and of what else decides over the tokens, which says more than the path."""
+    """sha256 of the weights, and of what else decides over the tokens, which says more than the path.
+
+    Without names, which versions of transformers change, and without a pooler, which is random where a file has none.
+    """
     heads = getattr(model.config, "num_attention_heads", None)
-    digest = hashlib.sha256(f"{type(model).__name__} {heads} {size} {[*mean, *std]}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().cpu().float().numpy())
-    return digest.hexdigest()
+    weights = []
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and _POOLER not in name:
+            digest = hashlib.sha256(f"{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().float().numpy())
+            weights.append(digest.hexdigest())
+    return hashlib.sha256(f"{heads} {size} {[*mean, *std]} {sorted(weights)}".encode()).hexdigest()
 
 
 def _options(model: nn.Module, grid: int, device: torch.device, where: str) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def load(name: str, flag: str) -> tuple[nn.Module, tuple[Any, Any]]:
             f"{flag} {name}: cannot be loaded, expected a folder or hub id of a vision transformer that this "
             f"transformers reads, in safetensors; found {told(error)}"
         ) from None
-    missing = [m for m in report["missing_keys"] if "pooler" not in m]  # which nothing here uses
+    missing = [m for m in report["missing_keys"] if _POOLER not in m]
     if missing:  # transformers only warns and leaves random numbers there
         raise UserError(f"{flag} {name}: {len(missing)} weights are missing, such as {sorted(missing)[0]!r}")
     model = getattr(model, "vision_model", model)

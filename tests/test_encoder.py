@@ -74,6 +74,26 @@ def test_a_masked_autoencoder_masks_nothing_and_keeps_the_order(tmp_path: Path, 
         assert relative_error(got, vit(x).last_hidden_state[:, 1:]) < 1e-5
 
 
+def test_an_encoder_is_known_by_its_weights(tmp_path: Path) -> None:
+    """The same at every loading, though transformers fills a pooler that the file has not with random numbers."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    one, two = (Encoder(str(tmp_path), 4, torch.device("cpu")) for _ in range(2))
+    poolers = [e.model.state_dict()["pooler.dense.weight"] for e in (one, two)]
+    assert not torch.equal(*poolers) and one.origin == two.origin
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(n for n in weights if n.endswith("layernorm.bias"))
+    save_file({**weights, name: weights[name] + 1e-3}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert Encoder(str(tmp_path), 4, torch.device("cpu")).origin.sha256 != one.origin.sha256
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.5] * 3}))
+    assert Encoder(str(tmp_path), 4, torch.device("cpu")).origin.sha256 != one.origin.sha256
+    assert Encoder(str(tmp_path), 2, torch.device("cpu")).origin.size == 16
+
+
 def test_positions_are_resampled_once_as_repa_does(tmp_path: Path, pixels: np.ndarray) -> None:
     """A DINOv2 of 9 x 9 patches on a grid of 4: its positions through Pillow's bicubic filter, which antialiases."""
     from PIL import Image
