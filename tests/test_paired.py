@@ -178,6 +178,11 @@ def test_images_are_those_of_the_rows_in_their_order(tmp_path: Path) -> None:
         UserError, match=r"3 folders of images, but rows of 2 classes in .*s5, expected one folder a cl"
     ):
         Images(str(classes), _store(tmp_path / "s5", [0, 0, 3, 3, 3]))
+    around = _touch(tmp_path / "around", [f"{name}/1.png" for name in "abcd"])
+    for name in "abcd":
+        for other in "abcd":
+            (around / name / f"to-{other}").symlink_to(around / other)
+    assert len(Images(str(around), _store(tmp_path / "s8", [0] * 16 + [1] * 16 + [2] * 16 + [3] * 16)).paths) == 64
     one = _touch(tmp_path / "one", ["all/train/1.png", "all/val/1.png", "all/val/2.png"])
     assert len(Images(str(one), _store(tmp_path / "s6", [0, 1, 2])).paths) == 3
     with pytest.raises(UserError, match=r"3 images, expected 2 as .*own has"):

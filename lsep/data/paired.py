@@ -108,12 +108,16 @@ def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]
 
 def _walked(folder: Path) -> list[str]:
     """All images below `folder`, through links as well; folder by folder in the order of their names."""
-    found = []
+    found, ways = [], {str(folder): {os.path.realpath(folder)}}
     for root, folders, names in os.walk(folder, followlinks=True):
-        above = os.path.realpath(root) + "/"
-        folders[:] = [
-            f for f in folders if not f.startswith(".") and not above.startswith(os.path.realpath(f"{root}/{f}") + "/")
-        ]  # a link to where we come from has no end
+        way = ways.pop(root)
+        for name in [*folders]:
+            path = os.path.join(root, name)  # noqa: PTH118 - as os.walk joins them
+            place = os.path.realpath(path)
+            if name.startswith(".") or place in way:  # a link to where we come from has no end
+                folders.remove(name)
+            else:
+                ways[path] = way | {place}
         below = os.path.relpath(root, folder) + "/" if root != str(folder) else ""
         found += [below + name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     return sorted(found, key=lambda path: path.replace("/", "\0"))
