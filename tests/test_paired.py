@@ -153,6 +153,8 @@ def test_images_are_those_of_the_rows_in_their_order(tmp_path: Path) -> None:
     for name, path in (("above", "../c.png"), ("absolute", "/c.png")):
         with pytest.raises(UserError, match=f"path '{path}' of .* leaves the folder"):
             Images(str(tmp_path), _store(tmp_path / name, [0, 1], ["b/2.png", path]))
+    with pytest.raises(UserError, match=r"path 'c\\x00.png' of .*nul, expected the name of a file"):
+        Images(str(tmp_path), _store(tmp_path / "nul", [0, 1], ["b/2.png", "c\0.png"]))
 
     listed = _touch(tmp_path / "listed", ["00000/b.png", "00000/a.png", "00001/c.png"])
     (listed / "dataset.json").write_text(
@@ -178,6 +180,7 @@ def test_images_are_those_of_the_rows_in_their_order(tmp_path: Path) -> None:
         UserError, match=r"3 folders of images, but rows of 2 classes in .*s5, expected one folder a cl"
     ):
         Images(str(classes), _store(tmp_path / "s5", [0, 0, 3, 3, 3]))
+    assert len(Images(str(classes), _store(tmp_path / "s9", [3] * 5)).paths) == 5  # rows without classes
     around = _touch(tmp_path / "around", [f"{name}/1.png" for name in "abcd"])
     for name in "abcd":
         for other in "abcd":
@@ -304,6 +307,19 @@ def test_a_damaged_image_is_named_or_passed_over(
         assert opened.skipped == 6 and not set(bad) & {i for batch in found[-1] for i in batch}
         _check_tokens(steps, dino, pixels, Store(latents))
     assert found[0] == found[1]
+
+
+def test_sixteen_bits_are_not_cut_at_eight(tmp_path: Path) -> None:
+    """Pillow's own conversion keeps the lowest 255 levels of 65,536, and makes everything white."""
+    from lsep.data.dali import Decoder
+
+    levels = (np.arange(40 * 50).reshape(40, 50) * 32).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG")
+    found = np.asarray(open_image(tmp_path, file.getvalue()))
+    assert np.array_equal(found, (levels / 257).round().astype(np.uint8)[..., None].repeat(3, -1))
+    got = Decoder(1, 32, 1, torch.device("cpu"))([file.getvalue()], None, lambda place: tmp_path)[0].numpy()
+    assert np.abs(got - center_crop(Image.fromarray(found), 32).astype(int)).max() <= 2
 
 
 def test_what_dali_does_not_read_pillow_does(tmp_path: Path) -> None:

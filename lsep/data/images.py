@@ -59,6 +59,8 @@ def open_image(path: Path, data: bytes | Path) -> "Image":
 
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            if image.mode.startswith("I"):  # of 16 bits, of which a conversion would keep the lowest 255 levels
+                return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None

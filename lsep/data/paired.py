@@ -58,6 +58,8 @@ class Images:
         for path in self.paths:
             if path.startswith("/") or ".." in path.split("/"):
                 raise UserError(f"{flag} {folder}: path {shown(path)} of {data} leaves the folder")
+            if not _named(path):
+                raise UserError(f"{flag} {folder}: path {shown(path)} of {data}, expected the name of a file")
         if labels is not None:
             _same_labels(labels, store.labels, f"{flag} {folder}", data)
         self.damaged: dict[int, CorruptRow] = {}
@@ -89,6 +91,14 @@ class Images:
     def give_up(self, sample: int, sentence: str) -> None:
         """From here on this sample counts as damaged."""
         self.damaged[sample] = CorruptRow(f"{sentence} (sample {sample})", sample)
+
+
+def _named(path: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _list(folder: Path, store: Store, flag: str) -> tuple[list[str], Ids | None]:
@@ -124,14 +134,15 @@ def _walked(folder: Path) -> list[str]:
 
 
 def _labels_of(paths: list[str], store: Store, where: str) -> Ids | None:
-    """The labels that folders of classes say, in the order of their names; None of one folder or of numbered ones.
+    """The labels that folders of classes say, in the order of their names.
 
-    Raises UserError where the folders are of another number than the labels that there are.
+    None of one folder or of numbered ones, and of rows that all have one label, as without classes. Raises UserError
+    where the folders are of another number than the labels that there are.
     """
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
     classes, present = sorted(set(folders)), np.unique(store.labels)
     # REPA and EDM2 deal images into folders by number, which says nothing about their class.
-    if len(classes) == 1 or all(re.fullmatch(r"\d{5}", name) for name in classes):
+    if 1 in (len(classes), len(present)) or all(re.fullmatch(r"\d{5}", name) for name in classes):
         return None
     if len(classes) != len(present):
         raise UserError(
@@ -145,7 +156,10 @@ def _labels_of(paths: list[str], store: Store, where: str) -> Ids | None:
 def _listed(listing: Path) -> list[tuple[str, int]]:
     """Of `dataset.json` as EDM2 and REPA write it, {"labels": [["00000/img00000000.png", 6], ...]}, sorted by path."""
     try:
-        listed = [(str(path), int(label)) for path, label in json.loads(listing.read_bytes())["labels"] or ()]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        listed = [(path, label) for path, label in json.loads(listing.read_bytes())["labels"] or ()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{listing}: cannot be read as a list of images ({told(error)})") from None
+    for path, label in listed:
+        if not isinstance(path, str) or type(label) is not int or not 0 <= label < 2**31:
+            raise UserError(f"{listing}: {shown([path, label])} in labels, expected a path and a label")
     return sorted(listed)
