@@ -390,7 +390,10 @@ def from_dict(values: Any, source: str) -> Config:
     names = [f.name for f in fields(Config)]
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         raise UserError(f"{source} holds no configuration: expected an object with the sections {', '.join(names)}")
+    found = {f"{s}.{k}": v for s, section in values.items() for k, v in section.items()}
+    if found.get("align.size", 0) is None:  # a field of earlier runs, of which only the default was ever right
+        del found["align.size"]
     try:
-        return override(Config(), {f"{s}.{k}": v for s, section in values.items() for k, v in section.items()})
+        return override(Config(), found)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

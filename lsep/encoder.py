@@ -54,10 +54,11 @@ class Encoder:
         try:
             with torch.no_grad():
                 found, again = self._tokens(gray), self._tokens(gray)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # any kind: a model's own checks have no common base
             raise UserError(f"{where}: does not take images of {self.size} pixels ({told(error)})") from None
-        if found.ndim != 3:
-            raise UserError(f"{where}: gives {tuple(found.shape)}, expected (images, tokens, width)")
+        if not isinstance(found, Tensor) or found.ndim != 3:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else found
+            raise UserError(f"{where}: gives {shape}, expected (images, tokens, width)")
         if found.shape[1] < self.grid**2:
             raise UserError(f"{where}: gives {found.shape[1]} tokens of {self.grid**2} patches, expected one a patch")
         if not torch.isfinite(found).all():
@@ -86,14 +87,15 @@ def _fingerprint(model: nn.Module, size: int, mean: Any, std: Any) -> str:
 
     Without names, which versions of transformers change, and without a pooler, which is random where a file has none.
     """
-    heads = getattr(model.config, "num_attention_heads", None)
+    decide = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+    settings = [getattr(model.config, name, None) for name in decide]
     weights = []
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and _POOLER not in name:
             digest = hashlib.sha256(f"{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().float().numpy())
             weights.append(digest.hexdigest())
-    return hashlib.sha256(f"{heads} {size} {[*mean, *std]} {sorted(weights)}".encode()).hexdigest()
+    return hashlib.sha256(f"{settings} {size} {[*mean, *std]} {sorted(weights)}".encode()).hexdigest()
 
 
 def _options(model: nn.Module, grid: int, device: torch.device, where: str) -> dict[str, Any]:

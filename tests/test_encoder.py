@@ -92,6 +92,11 @@ def test_an_encoder_is_known_by_its_weights(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.5] * 3}))
     assert Encoder(str(tmp_path), 4, torch.device("cpu")).origin.sha256 != one.origin.sha256
     assert Encoder(str(tmp_path), 2, torch.device("cpu")).origin.size == 16
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    assert Encoder(str(tmp_path), 4, torch.device("cpu")).origin == one.origin
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_attention_heads": 4}))
+    assert Encoder(str(tmp_path), 4, torch.device("cpu")).origin.sha256 != one.origin.sha256
 
 
 def test_positions_are_resampled_once_as_repa_does(tmp_path: Path, pixels: np.ndarray) -> None:

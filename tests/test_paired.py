@@ -24,6 +24,7 @@ from PIL import Image
 from lsep.cli import main
 from lsep.data.features import Tokens
 from lsep.data.images import center_crop, open_image
+from lsep.data.manifest import CorruptRow
 from lsep.data.paired import Images
 from lsep.data.store import Store
 from lsep.data.writer import Block, Header, build, write_store
@@ -213,6 +214,10 @@ def test_a_build_of_tokens_goes_on_with_the_same_images_and_encoder(
     for other in (("--batch-size", "8"), ("--image-size", "32"), ("--precision", "bf16")):
         assert command(*other, images=copy) == 2 and "unfinished build" in capsys.readouterr().err
     shutil.copy(images / "00002" / "img00000029.png", copy / "00002")
+    last = copy / "00002" / "img00000028.png"
+    last.rename(copy / "00002" / "img00000028.PNG")
+    assert command(images=copy) == 2 and "unfinished build" in capsys.readouterr().err
+    (copy / "00002" / "img00000028.PNG").rename(last)
     assert command(images=copy) == 0
     assert Store(out).fingerprint() == Store(features).fingerprint()
 
@@ -320,6 +325,18 @@ def test_sixteen_bits_are_not_cut_at_eight(tmp_path: Path) -> None:
     assert np.array_equal(found, (levels / 257).round().astype(np.uint8)[..., None].repeat(3, -1))
     got = Decoder(1, 32, 1, torch.device("cpu"))([file.getvalue()], None, lambda place: tmp_path)[0].numpy()
     assert np.abs(got - center_crop(Image.fromarray(found), 32).astype(int)).max() <= 2
+
+
+def test_a_damaged_image_holds_no_memory(latents: Path, images: Path) -> None:
+    """Each time it is met: an exception that is raised again and again keeps all that its frames held."""
+    found = Images(str(images), Store(latents))
+    found.give_up(29, "x.png: cannot be read as an image")
+    met = []
+    for _ in range(2):
+        with pytest.raises(CorruptRow, match=r"x.png: cannot be read as an image \(sample 29\)") as caught:
+            found.read(np.arange(ROWS))
+        met.append((caught.value.sample, len(caught.traceback)))
+    assert met == [(29, 2)] * 2
 
 
 def test_what_dali_does_not_read_pillow_does(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ class Images:
                 raise UserError(f"{flag} {folder}: path {shown(path)} of {data}, expected the name of a file")
         if labels is not None:
             _same_labels(labels, store.labels, f"{flag} {folder}", data)
-        self.damaged: dict[int, CorruptRow] = {}
-        """What `read` raises for samples whose images turned out to be none."""
+        self.damaged: dict[int, str] = {}
+        """What `read` says of samples whose images turned out to be none."""
 
     def fingerprint(self) -> str:
         """sha256 of the paths below the folder, in the order of the rows."""
@@ -77,7 +77,7 @@ class Images:
         out = []
         for sample in ids.tolist():
             if sample in self.damaged:
-                raise self.damaged[sample]
+                raise CorruptRow(self.damaged[sample], sample)
             path = self.path(sample)
             try:
                 data = path.read_bytes()
@@ -90,7 +90,7 @@ class Images:
 
     def give_up(self, sample: int, sentence: str) -> None:
         """From here on this sample counts as damaged."""
-        self.damaged[sample] = CorruptRow(f"{sentence} (sample {sample})", sample)
+        self.damaged[sample] = f"{sentence} (sample {sample})"
 
 
 def _named(path: str) -> bool:

@@ -124,17 +124,16 @@ def _claim(out: Path, plan: dict[str, Any], rank: int) -> None:
     text = json.dumps(plan, indent=2) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (out / _PLAN).exists():
-            if (out / _PLAN).read_text() != text:
-                raise UserError(f"{out}: holds an unfinished build of something else, expected another folder")
-        elif rank == 0:
+        if rank == 0 and not (out / _PLAN).exists():
             if any(not p.name.endswith(".tmp") for p in out.iterdir()):  # a kill leaves half a file under such a name
                 raise UserError(f"{out}: not empty and no unfinished build, expected an empty or a new folder")
             replace_file(out / _PLAN, text.encode())
+        while not (out / _PLAN).exists():
+            time.sleep(0.1)
+        if (out / _PLAN).read_text() != text:
+            raise UserError(f"{out}: holds an unfinished build of something else, expected another folder")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    while rank and not (out / _PLAN).exists():
-        time.sleep(0.1)
 
 
 def _write_shard(path: Path, header: Header, block: Block) -> None:
