@@ -122,14 +122,16 @@ def _check_align(config: Config) -> None:
     for name in ("image_size", "width"):
         value = getattr(a, name)
         _require(value is None or value >= 1, f"{_flag('align.' + name)} is {value}, expected None or at least 1")
-    unet = config.model.backbone == "unet"
+    if a.enabled:
+        _check_depth(config, "--align.depth", a.depth, "what is aligned of a U-Net is its mid-block")
+
+
+def _check_depth(config: Config, flag: str, depth: int, why: str) -> None:
+    """`why` is said of a U-Net, which has features at one depth only."""
+    if config.model.backbone == "unet":
+        _require(depth == 1, f"{flag} is {depth}, expected 1: {why}")
     _require(
-        not (a.enabled and unet) or a.depth == 1,
-        f"--align.depth is {a.depth}, expected 1: what is aligned of a U-Net is its mid-block",
-    )
-    _require(
-        not a.enabled or unet or a.depth <= config.model.depth,
-        f"--align.depth is {a.depth}, expected at most the model's {config.model.depth} blocks",
+        depth <= config.probe_depths, f"{flag} is {depth}, expected at most the model's {config.model.depth} blocks"
     )
 
 
@@ -171,14 +173,7 @@ def _check_unet(config: Config) -> None:
 
 def _check_probe(config: Config) -> None:
     p, drop = config.probe, config.model.class_dropout_prob
-    unet = config.model.backbone == "unet"
-    _require(
-        not unet or p.depth == 1, f"--probe.depth is {p.depth}, expected 1: the probe of a U-Net reads its mid-block"
-    )
-    _require(
-        unet or p.depth <= config.model.depth,
-        f"--probe.depth is {p.depth}, expected at most the model's {config.model.depth} blocks",
-    )
+    _check_depth(config, "--probe.depth", p.depth, "the probe of a U-Net reads its mid-block")
     _require(
         p.weight_bins > 1 or p.weight_start == p.weight_end,
         f"--probe.weight-bins is 1, so the weight is constant, but --probe.weight-start is {p.weight_start} and "

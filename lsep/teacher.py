@@ -1,6 +1,7 @@
 """What a model's tokens are aligned with (`lsep.align`): an encoder on the batch's images, or a store of its tokens."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,6 +30,7 @@ class Teacher:
             return width, height * side
         return None if self.encoder is None else (self.encoder.width, self.encoder.grid**2)
 
+    @cached_property
     def identity(self) -> dict[str, str]:
         """sha256 of what decides over the tokens, wherever it lies: a run goes on with no others."""
         found = {}

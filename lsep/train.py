@@ -52,7 +52,7 @@ def train(
 
         def take() -> None:
             stack.enter_context(run.locked())
-            run.check(state.config, state.source.manifest, state.teacher.identity())
+            run.check(state.config, state.source.manifest, state.teacher.identity)
 
         here.on_main(look)
         begins = here.on_main(lambda: latest(run.checkpoints) is None)
@@ -99,7 +99,7 @@ class _Training:
         def start() -> list[float | None] | None:
             if progress.step > steps:
                 raise UserError(f"--train.steps is {steps}, but {self.run.path} is at step {progress.step} already")
-            self.run.open(state.config, state.source.manifest, preset, state.teacher.identity())
+            self.run.open(state.config, state.source.manifest, preset, state.teacher.identity)
             if self.run.results().get("steps") == progress.step == steps:
                 print(f"{self.run.path}: already at step {steps} of {steps}, nothing to train")
                 return None
