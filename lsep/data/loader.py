@@ -150,12 +150,14 @@ class Loader:
         decoder = Decoder(sequence.rows, self.image_size, self.config.threads, self.device)
 
         def decode(rows: list[Tensor], host: HostBatch) -> tuple[list[Tensor], HostBatch, Tensor]:
+            def sample(place: int) -> int:
+                return int(host.columns[2][place])
+
             while True:
-                ids = host.columns[2].tolist()
                 try:
-                    return rows, host, decoder(host.files, host.flips, [images.path(i) for i in ids].__getitem__)
+                    return rows, host, decoder(host.files, host.flips, lambda place: images.path(sample(place)))
                 except Undecodable as error:
-                    images.give_up(ids[error.place], str(error))
+                    images.give_up(sample(error.place), str(error))
                 # Read again, which raises or passes it over like any damaged row: so rarely that it may take its time.
                 buffer = sequence.buffer(np.empty)
                 host = sequence.read(host.number, buffer)
