@@ -33,6 +33,14 @@ class Backends(NamedTuple):
     graphs: bool
     """A step is a CUDA graph."""
 
+    def named(self) -> dict[str, str | bool]:
+        """Which program a step is, in words for logs and reports."""
+        return {
+            "kernels": self.ops.kernels, "attention": self.ops.attention_by, "mlp": self.ops.mlp_by,
+            "optimizer": self.optimizer, "bf16 weights": self.bf16_weights,
+            "joint modulation": self.joint_modulation, "compile": self.compile, "graphs": self.graphs,
+        }  # fmt: skip
+
 
 def choose(config: Config, device: torch.device, processes: int = 1) -> Backends:
     """The implementations of a training run with a resolved `config`; raises UserError for one that cannot run."""
@@ -73,6 +81,28 @@ def choose(config: Config, device: torch.device, processes: int = 1) -> Backends
         _compile(config, device, sharded),
         _graphs(config, optimizer, device, processes),
     )
+
+
+def substitutes(config: Config, device: torch.device) -> list[str]:
+    """A sentence for each `auto` that lacks a part of a full installation on a GPU, so that another program runs.
+
+    Each names the part, what runs instead, and what would bring it. On a CPU nothing is missing: the plain program is
+    the choice there.
+    """
+    if device.type != "cuda":
+        return []
+    found, triton = [], missing_compiler(device)
+    if triton and config.backend.kernels == "auto":
+        found.append(f"the Triton kernels are replaced by plain PyTorch: they need {triton}")
+    if triton and config.train.compile == "auto":
+        found.append(f"nothing is compiled: torch.compile needs {triton}")
+    csrc = adamw_ema.why_missing(device.type)
+    if csrc and config.backend.optimizer == "auto":
+        found.append(
+            "torch's AdamW replaces csrc's optimizer, and with it go bf16 weights, the joint modulation and CUDA graphs: "
+            f"{csrc} (LSEP_BUILD_CUDA=1 pip install -e . says what a build lacks)"
+        )
+    return found
 
 
 def missing_fp8(config: Config, chosen: ops.Ops, device: torch.device) -> str | None:

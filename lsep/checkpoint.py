@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -95,7 +95,9 @@ class Checkpoints:
         # The writing threads talk among themselves, while the training uses the other groups.
         self.group = dist.new_group(backend="gloo") if self.world.size > 1 else None
         self.cuda = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(self.cuda, False, False, self.cuda))  # its memory is used again
+        # What DefaultStager is made of; that one clears itself after each use under torch 2.11, and this one's memory is
+        # pinned once and used again.
+        self.stager = StateDictStager(pin_memory=self.cuda)
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[str | None] | None = None
         self.failure: str | None = None
@@ -212,7 +214,9 @@ class Checkpoints:
 
     def _copy(self, state: dict[str, Tensor], copied: threading.Event) -> dict[str, Tensor]:
         try:
-            staged = self.stager.stage(state)
+            staged = self.stager.stage(state, non_blocking=self.cuda)
+            if self.cuda:
+                torch.cuda.synchronize()
         finally:
             copied.set()
         assert isinstance(staged, dict)

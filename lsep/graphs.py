@@ -3,10 +3,16 @@
 At 32 images a GPU the host cannot queue a step's kernels as fast as the device runs them; a graph takes it out of the
 step. The first steps run as they are, on the stream of the capture: they compile, build tables and allocate. Then the
 step is captured, and from there on each step copies its batch into the graph's own and replays it.
+
+A graph keeps the memory of a whole step. The step with the probe and the step without it never run at once: both graphs
+share one pool, and where one of them has to warm up, outside that pool, the other is dropped and captured again at its
+next use. So no more memory is needed than for the larger of the two steps.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +30,7 @@ class _Graph:
     """The step with the probe, or without it."""
 
     steps: int = 0
+    """Steps that have run outside the capture."""
     batches: list[Batch] | None = None
     """The memory the graph reads its batches from."""
     replay: Replay | None = None
@@ -40,11 +47,14 @@ class Graphs:
         self.compute, self.device = compute, device
         self.graphs = {False: _Graph(), True: _Graph()}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.pool: Any = None
+        """Handle of the memory that the graphs share, while there is one."""
 
     def __call__(self, probe: bool, batches: list[Batch]) -> Tensor:
-        graph = self.graphs[probe]
+        graph, other = self.graphs[probe], self.graphs[not probe]
         if graph.steps < WARM_UP:
+            if other.replay is not None:
+                self.drop(other)
             graph.steps += 1
             return self.warm_up(lambda: self.compute(probe, batches))
         if graph.replay is None:
@@ -65,8 +75,20 @@ class Graphs:
         before.wait_stream(self.stream)
         return out
 
+    def drop(self, graph: _Graph) -> None:
+        """Give the only captured step up, and its memory back."""
+        if self.stream is not None:
+            torch.cuda.synchronize(self.device)  # its replay may still be running
+        graph.batches = graph.replay = None
+        self.pool = None  # one that no graph uses any more takes no other
+        if self.stream is not None:
+            gc.collect()  # nothing may hold on to results in that pool
+            torch.cuda.empty_cache()
+
     def capture(self, call: Replay) -> Replay:
         """Record `call` without running it; a function that runs what was recorded, and its result."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the loader's threads copy and allocate meanwhile, which a global capture forbids.

@@ -18,6 +18,7 @@ from lsep import backbone, backends, checkpoint
 from lsep.align import take_projectors
 from lsep.averages import Averages, kept
 from lsep.backbone import Backbone
+from lsep.backends import Backends
 from lsep.checks import check, resolve, resolve_align
 from lsep.config import Config
 from lsep.data import order
@@ -62,6 +63,10 @@ class State:
     at_epoch: Tensor
     """Its epoch, likewise."""
     steps_per_epoch: int
+    backends: Backends
+    """Which implementations compute the step."""
+    substitutes: list[str]
+    """What is missing here, so that others than usual do, see `lsep.backends.substitutes`."""
     offset: int = 0
     """Steps whose data was left out after spikes: step n trains on the batch of step n + offset."""
 
@@ -142,6 +147,8 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         at_step=at_step,
         at_epoch=at_epoch,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
+        backends=chosen,
+        substitutes=backends.substitutes(config, device),
     )
 
 

@@ -113,6 +113,8 @@ class _Training:
         for loss in losses[-2 * HISTORY :]:  # what is a spike does not depend on where a session began
             self.spikes.seen(loss)
         try:
+            for text in self.state.substitutes:
+                self.logger.say(f"lsep: warning: {text}")
             if progress.step:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
             if self.monitor is not None:
@@ -262,7 +264,8 @@ class _Training:
 
         def measured() -> dict[str, Any]:
             rounds = self.settings.overhead_rounds if state.config.probe.enabled else 0
-            return overhead.measure(state, batches, rounds) if batches and rounds else {}
+            program = {"program": state.backends.named()}
+            return program | (overhead.measure(state, batches, rounds) if batches and rounds else {})
 
         if model is None:
             measured()

@@ -17,6 +17,7 @@ from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.plan import branch_plan
 from lsep.step import open_loader, setup, train_step
+from lsep.train import train
 from lsep_kernels import ops
 
 CPU = torch.device("cpu")
@@ -44,6 +45,34 @@ def test_missing_backends_end_in_one_sentence(
     monkeypatch.delitem(os.environ, "TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=message):
         backends.choose(resolve(tiny(**{f"backend__{flag}": value}), MANIFEST), CPU)
+
+
+def test_what_is_missing_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part whose absence changes the program that trains: what runs instead, why, and what would bring the part."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(backends.adamw_ema, "why_missing", lambda device: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert backends.substitutes(tiny(), gpu) == []
+    monkeypatch.setattr(backends.adamw_ema, "why_missing", lambda device: f"the {device} library is not built")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kernels, compiler, optimizer = backends.substitutes(tiny(), gpu)
+    assert "Triton kernels are replaced by plain PyTorch" in kernels and "pip install triton" in kernels
+    assert "nothing is compiled" in compiler and "pip install triton" in compiler
+    assert "bf16 weights, the joint modulation and CUDA graphs" in optimizer
+    assert "the cuda library is not built" in optimizer and "LSEP_BUILD_CUDA=1 pip install -e ." in optimizer
+    asked = tiny(backend__kernels="reference", backend__optimizer="torch", train__compile="off")
+    assert backends.substitutes(asked, gpu) == []  # what was asked for is no substitute
+    assert backends.substitutes(tiny(), CPU) == []
+
+
+def test_a_training_says_what_replaces_missing_parts(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "substitutes", lambda config, device: ["the kernels are missing"])
+    run = train(tiny(data__path=str(store), train__steps=2), tmp_path / "run")
+    assert "lsep: warning: the kernels are missing" in capsys.readouterr().out
+    program = run.results()["program"]
+    assert program["optimizer"] == "torch" and program["kernels"] == "reference" and program["graphs"] is False
 
 
 FP8 = {"train__fp8": True, "train__precision": "bf16", "backend__kernels": "triton"}

@@ -137,7 +137,7 @@ def test_training_on_changes_nothing_of_what_is_being_written(
     state, undisturbed = (trained(store, steps, backend__optimizer=by) for steps in (2, 5))
     checkpoints = Checkpoints(tmp_path)
     stage = checkpoints.stager.stage
-    monkeypatch.setattr(checkpoints.stager, "stage", lambda tensors: (time.sleep(0.5), stage(tensors))[1])
+    monkeypatch.setattr(checkpoints.stager, "stage", lambda tensors, **kw: (time.sleep(0.5), stage(tensors, **kw))[1])
     before = {k: v.clone() for k, v in checkpoint._state(state.objective, state.ema, state.optimizer.tensors()).items()}
     checkpoints.save(Progress(2, 0.0), state.objective, state.ema, state.optimizer)
     for step, batches in enumerate(open_loader(state, 2, 5), 2):
@@ -354,6 +354,14 @@ def test_sampling_reads_and_checks_the_ema_alone(store: Path, tmp_path: Path) ->
     assert all(torch.equal(v, averages[k]) for k, v in other.objective.state_dict().items())
     with pytest.raises(UserError, match="model.safetensors: damaged, sha256"):
         checkpoint.load_weights(path, "model", other.objective)
+
+
+def test_every_copy_to_the_host_goes_to_the_same_memory(tmp_path: Path) -> None:
+    """Pinned once and used again; the stager of torch 2.11's DefaultStager cannot be used a second time."""
+    checkpoints, tensor = Checkpoints(tmp_path), torch.arange(3.0)
+    first, second = (checkpoints._copy({"x": tensor.add_(i)}, threading.Event())["x"] for i in range(2))
+    assert torch.equal(second, torch.arange(3.0) + 1) and second.data_ptr() == first.data_ptr()
+    checkpoints.close()
 
 
 def test_unwritable_folder_is_one_sentence(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,31 @@ def test_replays_are_steps(store: Path, changes: dict[str, object]) -> None:
     assert len(of_both[0]) == 2 + 2 * ("optim__ema_extra" in changes)
 
 
+def test_no_graph_is_kept_while_the_other_step_warms_up() -> None:
+    """A graph holds the memory of a whole step, and so does a warm-up: both at once would be two steps."""
+    seen: list[tuple[str, bool, bool]] = []
+
+    class Watched(Graphs):
+        def warm_up(self, call: Replay) -> Tensor:
+            other = self.graphs[not call().item()]
+            seen.append(("warm-up", bool(call().item()), other.replay is not None))
+            return call()
+
+        def capture(self, call: Replay) -> Replay:
+            probe = bool(call().item())
+            seen.append(("capture", probe, self.graphs[not probe].replay is not None))
+            return call
+
+    graphs = Watched(lambda probe, batches: torch.tensor(probe), torch.device("cpu"))
+    for probe in [True] * (WARM_UP + 2) + [False] * (WARM_UP + 2) + [True, False] * 2:
+        assert bool(graphs(probe, [])) == probe
+    assert seen == [
+        *[("warm-up", True, False)] * WARM_UP, ("capture", True, False),
+        *[("warm-up", False, False)] * WARM_UP, ("capture", False, False),
+        ("capture", True, True),  # nothing to warm up any more: both share a pool from here on
+    ]  # fmt: skip
+
+
 def test_graphs_that_cannot_be_are_refused(store: Path) -> None:
     with pytest.raises(UserError, match=r"--train.graphs is 'on', but a CUDA graph needs a GPU"):
         setup(tiny(data__path=str(store), train__graphs="on"))
