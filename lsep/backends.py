@@ -99,8 +99,8 @@ def substitutes(config: Config, device: torch.device) -> list[str]:
     csrc = adamw_ema.why_missing(device.type)
     if csrc and config.backend.optimizer == "auto":
         found.append(
-            "torch's AdamW replaces csrc's optimizer, and with it go bf16 weights, the joint modulation and CUDA graphs: "
-            f"{csrc} (LSEP_BUILD_CUDA=1 pip install -e . says what a build lacks)"
+            "torch's AdamW replaces csrc's optimizer, and with that one go bf16 weights, the joint modulation and CUDA "
+            f"graphs: {csrc} (LSEP_BUILD_CUDA=1 pip install -e . says what a build lacks)"
         )
     return found
 

@@ -95,7 +95,7 @@ class Checkpoints:
         # The writing threads talk among themselves, while the training uses the other groups.
         self.group = dist.new_group(backend="gloo") if self.world.size > 1 else None
         self.cuda = torch.cuda.is_available()
-        # What DefaultStager is made of; that one clears itself after each use under torch 2.11, and this one's memory is
+        # What DefaultStager is made of: that one clears itself after each use under torch 2.11. This one's memory is
         # pinned once and used again.
         self.stager = StateDictStager(pin_memory=self.cuda)
         self.thread = ThreadPoolExecutor(1, "checkpoint")

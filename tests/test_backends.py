@@ -48,7 +48,7 @@ def test_missing_backends_end_in_one_sentence(
 
 
 def test_what_is_missing_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part whose absence changes the program that trains: what runs instead, why, and what would bring the part."""
+    """Each part whose absence changes the program that trains: what runs instead, why, and what would bring it."""
     gpu = torch.device("cuda")
     monkeypatch.setattr(backends.adamw_ema, "why_missing", lambda device: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
