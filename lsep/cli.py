@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lsep.arguments import Args, first_arguments, no_flags, parse, wants_help
-from lsep.errors import DISK, UserError, nearest
+from lsep.errors import DISK, UserError, nearest, out_of_memory
 
 
 def train(argv: Args) -> None:
@@ -294,5 +294,11 @@ def main(argv: Args | None = None) -> int:
         if error.errno not in DISK:
             raise
         print(f"lsep: error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        clause = out_of_memory(error)
+        if clause is None:
+            raise
+        print(f"lsep: error: {clause}: use a smaller batch size, see lsep {argv[0]} --help", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,9 @@
 """The one exception for what a user can put right: its text is one sentence, and the command ends with exit code 2."""
 
 import errno
+import re
 import reprlib
+import sys
 from typing import Any
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -31,6 +33,24 @@ def told(error: Exception) -> str:
     """Kind and text of another's error, which may quote what was read, in one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One clause for an allocation that a device could not serve; None for any other error.
+
+    Does not import torch: where that was not imported, it has raised nothing.
+    """
+    torch = sys.modules.get("torch")
+    text = " ".join(str(error).split())
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        wanted = re.search(r"allocate ([\d.]+ [KMGT]?i?B)", text)
+        whole, free = (re.search(pattern, text) for pattern in (r"capacity of ([\d.]+ \w+)", r"of which ([\d.]+ \w+)"))
+        asked = f"for {wanted[1]} more" if wanted else "for one more tensor"
+        left = f", of which {free[1]} were free" if free else ""
+        return f"the GPU ran out of memory{f' ({whole[1]}{left})' if whole else ''} when asked {asked}"
+    if isinstance(error, RuntimeError) and (found := re.search(r"DefaultCPUAllocator: .* allocate (\d+) bytes", text)):
+        return f"this machine ran out of memory when asked for {int(found[1]) / 2**30:.1f} GiB more"
+    return None
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

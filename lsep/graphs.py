@@ -94,6 +94,8 @@ class Graphs:
             # thread_local: the loader's threads copy and allocate meanwhile, which a global capture forbids.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 out = call()
+        except torch.OutOfMemoryError:
+            raise  # the step itself is too large, captured or not
         except RuntimeError as error:
             raise UserError(
                 f"--train.graphs: this step cannot be captured as a CUDA graph ({' '.join(str(error).split())[:300]}); "
