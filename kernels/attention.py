@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsep_kernels.operator import INTERPRETED, launch, operator, power_of_2
+from lsep_kernels.limits import missing_attention_kernels
+from lsep_kernels.operator import launch, operator, power_of_2
 
-MAX_TOKENS = 256
 FORWARD = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
 BACKWARD_Q = {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 2, "num_warps": 8}
 BACKWARD_KV = {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "num_warps": 8}
@@ -244,31 +244,12 @@ def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _attention.register_autograd(_gradients, setup_context=_save)
 
 
-def missing(tokens: int, head: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why these kernels do not take this shape, type or device, or None."""
-    if tokens > MAX_TOKENS:
-        return f"{tokens} tokens, expected at most {MAX_TOKENS} (all keys of a head at once)"
-    if INTERPRETED:
-        fits = 16 <= head <= 80 and head % 8 == 0
-        return None if fits else f"head_dim {head}, expected a multiple of 8 from 16 to 80"
-    if head not in (64, 72):
-        return f"head_dim {head}, expected 64 or 72"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"{dtype}, expected float16 or bfloat16 (the tiles of others would not fit into registers)"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major not in (9, 10):
-            # Operands then take registers as well: the forward spills 360 to 540 bytes on sm_80, 500 on sm_120.
-            return f"compute capability {major}.{minor}, expected 9.x or 10.x, where operands stay in shared memory"
-    return None
-
-
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention, see `reference.attention`; raises ValueError for shapes and types named by `missing`."""
+    """Softmax attention, see `reference.attention`; raises ValueError for shapes and types that `limits` names."""
     width = qkv.shape[-1]
     if width % (3 * num_heads):
         raise ValueError(f"attention: qkv has width {width}, expected a multiple of 3 x {num_heads} heads")
-    problem = missing(qkv.shape[1], width // (3 * num_heads), qkv.dtype, qkv.device)
+    problem = missing_attention_kernels(qkv.shape[1], width // (3 * num_heads), qkv.dtype, qkv.device)
     if problem:
         raise ValueError(f"attention: {problem}")
     return _attention(qkv.contiguous(), num_heads)[0]

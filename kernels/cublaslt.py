@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsep_kernels.limits import Card, Device
+
 WORKSPACE = 32 * 2**20  # bytes, NVIDIA's advice for Hopper
 ALIGNMENT = 16  # bytes of every pointer: what TMA and the widest loads need
 
@@ -136,13 +138,13 @@ def library() -> ctypes.CDLL | str:
     return f"libcublasLt.so.{' or .'.join(majors)} cannot be loaded: install a CUDA build of torch"
 
 
-def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+def missing(device: Device, dtype: torch.dtype) -> str | None:
     """Why cuBLASLt cannot compute an MLP of `dtype` on `device`, or None."""
     if device.type != "cuda":
         return f"cuBLASLt needs a GPU, and the device is {device.type}"
     if dtype not in _TYPES:
         return f"the type is {str(dtype).removeprefix('torch.')}, expected float16 or bfloat16"
-    found = library()
+    found = None if isinstance(device, Card) else library()
     return found if isinstance(found, str) else None
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lsep_kernels.limits import Card, Device, capability
+
 FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 
 
@@ -32,12 +34,12 @@ def cudnn(qkv: Tensor, num_heads: int) -> Tensor:
         return sdpa(qkv, num_heads)
 
 
-def missing_cudnn(device: torch.device, head: int, dtype: torch.dtype) -> str | None:
+def missing_cudnn(device: Device, head: int, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"cuDNN needs a GPU, and the device is {device.type}"
-    if not torch.backends.cudnn.is_available():
+    if not isinstance(device, Card) and not torch.backends.cudnn.is_available():
         return "torch was built without cuDNN"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         return "cuDNN's attention needs compute capability 8.0 or newer"
     if head % 8 or head > 128:
         return f"head_dim is {head}, expected a multiple of 8 up to 128"
@@ -70,15 +72,15 @@ def _flash_problem(generation: int, capability: tuple[int, int], head: int) -> s
     return None
 
 
-def choose_flash(device: torch.device, head: int, dtype: torch.dtype) -> int | str:
+def choose_flash(device: Device, head: int, dtype: torch.dtype) -> int | str:
     """The flash-attn generation to use, the newest that is right for this device and head; or why there is none."""
     if device.type != "cuda":
         return f"flash-attn needs a GPU, and the device is {device.type}"
     if dtype == torch.float32:
         return "the type is float32, expected float16 or bfloat16"
-    absent = {g: next(filter(None, map(cannot_import, modules)), None) for g, modules in _FLASH.items()}
-    capability = torch.cuda.get_device_capability(device)
-    problems = {g: _flash_problem(g, capability, head) for g, reason in absent.items() if reason is None}
+    there = isinstance(device, Card)  # of a card nothing is looked for
+    absent = {g: None if there else next(filter(None, map(cannot_import, m)), None) for g, m in _FLASH.items()}
+    problems = {g: _flash_problem(g, capability(device), head) for g, reason in absent.items() if reason is None}
     usable = [g for g, problem in problems.items() if problem is None]
     if usable:
         return max(usable)

@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lsep_kernels import cublaslt, libraries, reference
+from lsep_kernels.limits import Card, Device, capability, missing_attention_kernels
 from lsep_kernels.reference import Activation
 
 Kernels = Literal["auto", "triton", "reference"]
@@ -28,6 +29,14 @@ Mlp = Literal["auto", "torch", "triton", "cublaslt"]
 
 class Unavailable(ValueError):
     """An implementation that was asked for cannot run here; the message says why and what would bring it."""
+
+
+class Names(NamedTuple):
+    """What was chosen; as in `Ops`."""
+
+    kernels: str
+    attention_by: str
+    mlp_by: str
 
 
 @dataclass(frozen=True)
@@ -66,27 +75,22 @@ REFERENCE = Ops(
 )
 
 
-def missing_triton(device: torch.device) -> str | None:
+def missing_triton(device: Device) -> str | None:
     """Why the Triton kernels cannot run on `device`, with what would change it; None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not isinstance(device, Card) and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]}, expected 8.0"
+        major, minor = capability(device)
+        return None if major >= 8 else f"compute capability {major}.{minor}, expected 8.0"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"Triton needs a GPU, and the device is {device.type} (TRITON_INTERPRET=1 interprets the kernels, slowly)"
 
 
-def missing_attention(name: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
+def missing_attention(name: str, device: Device, dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
     """Why attention by `name` cannot run for this device, type and shape; None when it can."""
     if name == "triton":
-        problem = missing_triton(device)
-        if problem is None:
-            from lsep_kernels import attention
-
-            problem = attention.missing(tokens, head_dim, dtype, device)
-        return problem
+        return missing_triton(device) or missing_attention_kernels(tokens, head_dim, dtype, device)
     if name == "cudnn":
         return libraries.missing_cudnn(device, head_dim, dtype)
     if name == "flash":
@@ -95,7 +99,7 @@ def missing_attention(name: str, device: torch.device, dtype: torch.dtype, token
     return None
 
 
-def missing_mlp(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def missing_mlp(name: str, device: Device, dtype: torch.dtype) -> str | None:
     """Why the MLP by `name` cannot run for this device and type; None when it can."""
     if name == "torch":
         return None
@@ -103,11 +107,11 @@ def missing_mlp(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     return problem or missing_triton(device)  # a kernel computes GELU again behind cuBLASLt as well
 
 
-def choose(
-    kernels: Kernels, attention: Attention, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int,
+def decide(
+    kernels: Kernels, attention: Attention, device: Device, dtype: torch.dtype, tokens: int, head_dim: int,
     mlp: Mlp = "auto",
-) -> Ops:  # fmt: skip
-    """The implementations for activations of `dtype` on `device`; raises Unavailable for a choice that cannot run.
+) -> Names:  # fmt: skip
+    """Which implementations take activations of `dtype` on `device`; raises Unavailable for a choice that cannot run.
 
     auto: Triton on a GPU, plain PyTorch on a CPU; attention by Triton where its kernels take the shape, then cuDNN on
     sm_90 and newer, then SDPA; the MLP as the other kernels.
@@ -115,35 +119,43 @@ def choose(
     problem = missing_triton(device)
     if kernels == "triton" and problem:
         raise Unavailable(f"kernels is 'triton', but {problem}")
-    if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and problem is None):
-        ops = _triton()
-    else:
-        ops = REFERENCE
+    if kernels == "auto":
+        kernels = "triton" if device.type == "cuda" and problem is None else "reference"
     if attention == "auto":
-        attention = _best_attention(ops.kernels, device, dtype, tokens, head_dim)
+        attention = _best_attention(kernels, device, dtype, tokens, head_dim)
     problem = missing_attention(attention, device, dtype, tokens, head_dim)
     if problem:
         raise Unavailable(f"attention is {attention!r}, but {problem}")
     if mlp == "auto":  # until a GPU has said which is fastest: the one that keeps least in memory
-        mlp = "triton" if ops.kernels == "triton" else "torch"
+        mlp = "triton" if kernels == "triton" else "torch"
     problem = missing_mlp(mlp, device, dtype)
     if problem:
         raise Unavailable(f"mlp is {mlp!r}, but {problem}")
+    return Names(kernels, attention, mlp)
+
+
+def choose(
+    kernels: Kernels, attention: Attention, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int,
+    mlp: Mlp = "auto",
+) -> Ops:  # fmt: skip
+    """The implementations that `decide` names."""
+    names = decide(kernels, attention, device, dtype, tokens, head_dim, mlp)
     return replace(
-        ops, attention_by=attention, attention=_attention(attention, device, dtype, head_dim),
-        mlp_by=mlp, mlp=_mlp(mlp, device),
+        _triton() if names.kernels == "triton" else REFERENCE,
+        attention_by=names.attention_by, attention=_attention(names.attention_by, device, dtype, head_dim),
+        mlp_by=names.mlp_by, mlp=_mlp(names.mlp_by, device),
     )  # fmt: skip
 
 
-def missing_fp8(kernels: str, device: torch.device) -> str | None:
+def missing_fp8(kernels: str, device: Device) -> str | None:
     """Why the matrix products cannot run in fp8 beside `kernels`, as chosen, on `device`; None when they can."""
     if kernels != "triton":
         return f"kernels is {kernels!r}, expected 'triton', which writes the operands"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        major, minor = capability(device)
         # Where torch._scaled_mm takes a scale for each row.
-        if capability != (8, 9) and capability[0] not in (9, 10):
-            return f"compute capability {capability[0]}.{capability[1]}, expected 8.9, 9.x or 10.x"
+        if (major, minor) != (8, 9) and major not in (9, 10):
+            return f"compute capability {major}.{minor}, expected 8.9, 9.x or 10.x"
     return None
 
 
@@ -161,12 +173,12 @@ def in_fp8(ops: Ops) -> Ops:
     )
 
 
-def _best_attention(kernels: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> Attention:
+def _best_attention(kernels: str, device: Device, dtype: torch.dtype, tokens: int, head_dim: int) -> Attention:
     if kernels == "triton" and missing_attention("triton", device, dtype, tokens, head_dim) is None:
         return "triton"
     if missing_attention("cudnn", device, dtype, tokens, head_dim) is not None:
         return "sdpa"
-    return "cudnn" if torch.cuda.get_device_capability(device) >= (9, 0) else "sdpa"
+    return "cudnn" if capability(device) >= (9, 0) else "sdpa"
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[[Tensor, int], Tensor]:

@@ -10,6 +10,7 @@ import torch
 from lsep.config import Config
 from lsep.errors import UserError
 from lsep_kernels import adamw_ema, libraries, ops
+from lsep_kernels.limits import Card, Device
 
 APEX_INSTALL = (
     "git clone https://github.com/NVIDIA/apex && pip install -v --no-build-isolation "
@@ -17,6 +18,21 @@ APEX_INSTALL = (
 )
 ON_DEVICE = ("csrc", "reference")
 """Optimizers that are one operation, with rates and counters on the device."""
+
+
+class Choice(NamedTuple):
+    """What was chosen, by name: all that decides over a step's memory and time beside the configuration."""
+
+    kernels: str
+    attention_by: str
+    mlp_by: str
+    """torch, triton, cublaslt or fp8."""
+    optimizer: str
+    bf16_weights: bool
+    joint_modulation: bool
+    compile: str
+    graphs: bool
+    """As in `Backends`."""
 
 
 class Backends(NamedTuple):
@@ -42,14 +58,13 @@ class Backends(NamedTuple):
         }  # fmt: skip
 
 
-def choose(config: Config, device: torch.device, processes: int = 1) -> Backends:
-    """The implementations of a training run with a resolved `config`; raises UserError for one that cannot run."""
+def decide(config: Config, device: Device, processes: int = 1) -> Choice:
+    """The names of what `choose` takes, also for a `Card` that is not here; raises UserError as that does."""
     sharded = processes > 1 and config.dist.mode != "ddp"
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype, wanted = _dtype(config), config.backend
     head_dim = config.model.hidden_size // config.model.num_heads
-    wanted = config.backend
     try:
-        chosen = ops.choose(
+        names = ops.decide(
             wanted.kernels, wanted.attention, device, dtype, config.grid**2, head_dim, mlp=wanted.mlp
         )  # fmt: skip
     except ops.Unavailable as error:
@@ -58,10 +73,10 @@ def choose(config: Config, device: torch.device, processes: int = 1) -> Backends
     if problem:
         raise UserError(f"--backend.optimizer is {wanted.optimizer!r}, but {problem}")
     if config.train.fp8:
-        problem = missing_fp8(config, chosen, device)
+        problem = missing_fp8(config, names.kernels, device)
         if problem:
             raise UserError(f"--train.fp8 is True, but {problem}")
-        chosen = ops.in_fp8(chosen)
+        names = names._replace(mlp_by="fp8")
     optimizer = wanted.optimizer if wanted.optimizer != "auto" else best_optimizer(device)
     copies = not sharded and _bf16_weights(config, optimizer)  # fsdp gathers its shards in bf16 by itself
     if wanted.modulation == "joint" and not copies:
@@ -73,14 +88,27 @@ def choose(config: Config, device: torch.device, processes: int = 1) -> Backends
         and wanted.modulation != "block"
         and (processes == 1 or wanted.modulation == "joint")
     )
-    return Backends(
-        chosen,
+    return Choice(
+        *names,
         optimizer,
         copies,
         joint,
         _compile(config, device, sharded),
         _graphs(config, optimizer, device, processes),
     )
+
+
+def choose(config: Config, device: torch.device, processes: int = 1) -> Backends:
+    """The implementations of a training run with a resolved `config`; raises UserError for one that cannot run."""
+    chosen = decide(config, device, processes)
+    dtype, wanted = _dtype(config), config.backend
+    head_dim = config.model.hidden_size // config.model.num_heads
+    found = ops.choose(wanted.kernels, wanted.attention, device, dtype, config.grid**2, head_dim, mlp=wanted.mlp)
+    return Backends(ops.in_fp8(found) if config.train.fp8 else found, *chosen[3:])
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 def substitutes(config: Config, device: torch.device) -> list[str]:
@@ -105,7 +133,7 @@ def substitutes(config: Config, device: torch.device) -> list[str]:
     return found
 
 
-def missing_fp8(config: Config, chosen: ops.Ops, device: torch.device) -> str | None:
+def missing_fp8(config: Config, kernels: str, device: Device) -> str | None:
     """Why the matrix products of `config` cannot run in fp8 on `device`; None when they can."""
     hidden = int(config.model.hidden_size * config.model.mlp_ratio)
     for name, width in (("model.hidden_size", config.model.hidden_size), ("the MLP's hidden width", hidden)):
@@ -115,7 +143,7 @@ def missing_fp8(config: Config, chosen: ops.Ops, device: torch.device) -> str | 
         return f"--train.precision is {config.train.precision!r}, expected 'bf16'"
     if config.backend.mlp != "auto":
         return f"--backend.mlp is {config.backend.mlp!r}, expected 'auto': fp8 has an MLP of its own"
-    return ops.missing_fp8(chosen.kernels, device)
+    return ops.missing_fp8(kernels, device)
 
 
 def _bf16_weights(config: Config, optimizer: str) -> bool:
@@ -131,7 +159,7 @@ def _bf16_weights(config: Config, optimizer: str) -> bool:
     return problem is None and config.train.weights != "fp32"
 
 
-def _compile(config: Config, device: torch.device, sharded: bool) -> str:
+def _compile(config: Config, device: Device, sharded: bool) -> str:
     wanted, problem = config.train.compile, missing_compiler(device)
     if wanted == "auto":
         return "block" if device.type == "cuda" and problem is None and not sharded else "off"
@@ -145,7 +173,7 @@ def _compile(config: Config, device: torch.device, sharded: bool) -> str:
     return wanted
 
 
-def _graphs(config: Config, optimizer: str, device: torch.device, processes: int) -> bool:
+def _graphs(config: Config, optimizer: str, device: Device, processes: int) -> bool:
     problem = None
     if processes > 1:
         problem = f"there are {processes} processes, and a graph holds one GPU's work without its exchange with others"
@@ -158,10 +186,10 @@ def _graphs(config: Config, optimizer: str, device: torch.device, processes: int
     return problem is None and config.train.graphs != "off"
 
 
-def missing_compiler(device: torch.device) -> str | None:
+def missing_compiler(device: Device) -> str | None:
     """What torch.compile lacks on this machine and what would bring it; None when it has all."""
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
+        if not isinstance(device, Card) and importlib.util.find_spec("triton") is None:
             return "the package triton, which is not installed: pip install triton"
         return None
     if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
@@ -169,13 +197,15 @@ def missing_compiler(device: torch.device) -> str | None:
     return "a C++ compiler, and none is found: apt install g++"
 
 
-def best_optimizer(device: torch.device) -> str:
+def best_optimizer(device: Device) -> str:
     """What `auto` means: csrc on a GPU where it is built; on a CPU torch's threads beat its single one."""
-    return "csrc" if device.type == "cuda" and adamw_ema.why_missing() is None else "torch"
+    return "csrc" if device.type == "cuda" and missing_optimizer("csrc", device) is None else "torch"
 
 
-def missing_optimizer(name: str, device: torch.device) -> str | None:
+def missing_optimizer(name: str, device: Device) -> str | None:
     """Why the optimizer `name` cannot run on `device`, with what would bring it; None when it can."""
+    if isinstance(device, Card):
+        return None
     if name == "csrc":
         return adamw_ema.why_missing(device.type)
     if name == "apex":

@@ -54,9 +54,9 @@ def test_auto_on_a_cpu_is_plain_pytorch(compiled_only: None) -> None:
 
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from lsep_kernels import attention
+    from lsep_kernels import limits
 
-    monkeypatch.setattr(attention, "INTERPRETED", False)
+    monkeypatch.setattr(limits, "INTERPRETED", False)
     hopper = pretend(monkeypatch, (9, 0))
     chosen = choose("auto", "auto", hopper, BF16, 256, 72)
     assert (chosen.kernels, chosen.attention_by) == ("triton", "triton")
