@@ -2092,7 +2092,8 @@ API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const d, cud
     if (out && a->type != CUDNN_TYPE_BACKEND_DESCRIPTOR && given > 0) memcpy(out, a->values, dnn_size(a->type) * (size_t)given);
     return CUDNN_STATUS_SUCCESS;
   }
-  int one = name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE || name == CUDNN_ATTR_OPERATIONGRAPH_ENGINE_GLOBAL_COUNT || name == CUDNN_ATTR_ENGINECFG_WORKSPACE_SIZE;
+  int one = name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE || name == CUDNN_ATTR_OPERATIONGRAPH_ENGINE_GLOBAL_COUNT ||
+            name == CUDNN_ATTR_ENGINECFG_WORKSPACE_SIZE || name == CUDNN_ATTR_ENGINECFG_SHARED_MEMORY_USED;
   if (n) *n = one;
   if (one && out && wanted > 0) {
     memset(out, 0, dnn_size(type));
