@@ -2,7 +2,8 @@
 
 `AdamwEma` is the public class, `lsep::adamw_ema` the operator under it. csrc/adamw_ema.cu computes it on GPUs in two
 launches and csrc/adamw_ema.cpp on CPUs, both by the rule of csrc/adamw_ema.h; `reference.adamw_ema` is the same in
-plain PyTorch. `pip install` builds the libraries beside this file where it finds the compilers. Imports torch only.
+plain PyTorch. `pip install` builds the libraries beside this file where it finds the compilers; LSEP_CUDA_LIBRARY=FILE
+in the environment names another build of the CUDA library. Imports torch only.
 
 Bytes moved per parameter, float32 gradients and one average: 4 to read the gradient for its norm, then 36 (read
 gradient, master, two moments, average: 20; write all but the gradient: 16); 2 more for a bfloat16 weight copy, 4 for a
@@ -10,6 +11,7 @@ float32 one, 8 for a second average, 4 less for bfloat16 gradients.
 """
 
 import ctypes
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -57,9 +59,11 @@ _LAYOUT = (ctypes.sizeof(_Args), 8 * _ENTRY, CHUNK, MAX_TENSORS, MAX_GROUPS)
 @cache
 def _load(kind: str) -> ctypes.CDLL | str:
     """The library of `kind` (host or cuda), or a sentence saying why there is none."""
-    again = "run pip install -e . again"
+    named = os.environ.get("LSEP_CUDA_LIBRARY") if kind == "cuda" else None
+    again = "build it again or unset LSEP_CUDA_LIBRARY" if named else "run pip install -e . again"
     # The newest: setuptools and CMake name the host's differently.
-    found = sorted(Path(__file__).parent.glob(f"_adamw_ema_{kind}*.so"), key=lambda path: path.stat().st_mtime)
+    built = sorted(Path(__file__).parent.glob(f"_adamw_ema_{kind}*.so"), key=lambda path: path.stat().st_mtime)
+    found = [Path(named)] if named else built
     if not found:
         needs = "nvcc and cmake" if kind == "cuda" else "a C++17 compiler"
         return f"the optimizer's {kind} library is not built: install {needs} and {again}"

@@ -1,0 +1,170 @@
+"""What the stand-in for a GPU (standin/standin.c) wrote down: launches, memory, waits, graphs and violations."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, product, copy, collective or graph that was given to a stream."""
+
+    index: int
+    """Line of the log, from 0: what happened before what."""
+    pid: int
+    thread: int
+    device: int
+    kind: str
+    """kernel (of a library), triton, gemm, cudnn, solver, copy, memset, nccl, graph or host."""
+    name: str
+    grid: Shape
+    block: Shape
+    shared: int
+    """Bytes of dynamic shared memory."""
+    stream: int
+    graph: int
+    """Number of the capture it was recorded into; 0 when it ran at once."""
+    ms: float
+    """Assumed, not measured."""
+    bytes: float
+    flops: float
+    label: str
+    """The operator or kernel that the observer named, or -."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Anything else: the host waited, memory was taken or given back, a capture began, something was wrong."""
+
+    index: int
+    pid: int
+    thread: int
+    device: int
+    kind: str
+    fields: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.fields)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Launches of one name, added up."""
+
+    kind: str
+    name: str
+    count: int
+    ms: float
+    bytes: float
+    flops: float
+
+
+@dataclass
+class Log:
+    """A log in the order of its lines; several processes may have written it."""
+
+    launches: list[Launch] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "Log":
+        log = cls()
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for index, line in enumerate(lines):
+            pid, thread, device, kind, *fields = line.split("\t")
+            where = (index, int(pid), int(thread), int(device))
+            if kind == "launch":
+                log.launches.append(_launch(where, fields))
+            else:
+                log.events.append(Event(*where, kind, tuple(fields)))
+        return log
+
+    def of(self, kind: str) -> list[Event]:
+        """Events of a kind: sync, malloc, free, oom, graph, profiler or violation."""
+        return [e for e in self.events if e.kind == kind]
+
+    @property
+    def violations(self) -> list[str]:
+        return [e.text for e in self.of("violation")]
+
+    @property
+    def syncs(self) -> list[Event]:
+        """Times that the host waited for the device."""
+        return self.of("sync")
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes, in the order of their first launch."""
+        return list(dict.fromkeys(x.pid for x in self.launches))
+
+    def peak(self, pid: int | None = None) -> int:
+        """Most bytes that a process had allocated on one device at a time."""
+        return max((int(e.fields[1]) for e in self.of("malloc") if pid in (None, e.pid)), default=0)
+
+    def captures(self, pid: int | None = None) -> list[tuple[int, int, int]]:
+        """(process, number, nodes) of each graph captured to its end."""
+        return [
+            (e.pid, int(e.fields[1]), int(e.fields[2]))
+            for e in self.of("graph")
+            if e.fields[0] == "end" and pid in (None, e.pid)
+        ]
+
+    def captured(self, which: int = -1, pid: int | None = None) -> list[Launch]:
+        """The launches of the last captured graph, or of the `which`-th; none when there is no such graph."""
+        try:
+            pid, number, _ = self.captures(pid)[which]
+        except IndexError:
+            return []
+        return [x for x in self.launches if x.pid == pid and x.graph == number]
+
+    def replays(self, pid: int | None = None) -> list[Launch]:
+        """The launches of whole graphs."""
+        return [x for x in self.launches if x.kind == "graph" and pid in (None, x.pid)]
+
+    def eager(self) -> list[Launch]:
+        """The launches that were not recorded into a graph."""
+        return [x for x in self.launches if not x.graph]
+
+    def waits_between_replays(self, pid: int | None = None) -> list[Event]:
+        """Waits of the thread that launches graphs, from its first launch of one to its last."""
+        replays = self.replays(pid)
+        waits = []
+        for process, thread in dict.fromkeys((x.pid, x.thread) for x in replays):
+            own = [x.index for x in replays if (x.pid, x.thread) == (process, thread)]
+            waits += [e for e in self.syncs if (e.pid, e.thread) == (process, thread) and own[0] < e.index < own[-1]]
+        return waits
+
+    def budget(self, launches: Iterable[Launch] | None = None) -> list[Row]:
+        """Launches (all, when none are given) added up by name, the longest first."""
+        groups: dict[tuple[str, str], list[Launch]] = defaultdict(list)
+        for x in self.launches if launches is None else launches:
+            groups[x.kind, x.name].append(x)
+        rows = [
+            Row(*key, len(g), *(sum(getattr(x, f) for x in g) for f in ("ms", "bytes", "flops")))
+            for key, g in groups.items()
+        ]
+        return sorted(rows, key=lambda row: -row.ms)
+
+    def table(self, launches: Iterable[Launch] | None = None, rows: int = 30) -> Iterator[str]:
+        """The budget as lines of text."""
+        yield f"{'launches':>8} {'ms':>9} {'GB':>9} {'TFLOP':>9}  kind    name"
+        for row in self.budget(launches)[:rows]:
+            figures = f"{row.count:8d} {row.ms:9.3f} {row.bytes / 1e9:9.3f} {row.flops / 1e12:9.3f}"
+            yield f"{figures}  {row.kind:7} {row.name[:120]}"
+
+
+def _shape(text: str) -> Shape:
+    x, y, z = map(int, text.split(","))
+    return x, y, z
+
+
+def _launch(where: tuple[int, int, int, int], fields: list[str]) -> Launch:
+    kind, name, grid, block, shared, stream, graph, ms, moved, flops, label = fields
+    return Launch(
+        *where, kind, name, _shape(grid), _shape(block), int(shared), int(stream), int(graph), float(ms), float(moved),
+        float(flops), label,
+    )  # fmt: skip
