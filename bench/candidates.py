@@ -4,6 +4,7 @@ The configurations are constants of the modules, not tuned at run time: a run mu
 and another tile size is another order of summation. This table is what an engineer changes them by.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,6 @@ from bench.kernel_times import Runner
 from bench.section import Context, Section, sentence
 from bench.timing import measure
 from lsep_kernels import adaln, attention, gelu_pool, mlp, probe_head
-
-LIMIT = 100.0
-"""Seconds for the section."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +94,21 @@ def _lists(sizes: kernel_cases.Sizes, device: torch.device) -> list[Candidates]:
 def candidates(context: Context, section: Section) -> None:
     """The best of a few configurations of each kernel beside its default."""
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
-    end = time.monotonic() + context.seconds_left(LIMIT)
     lists = _lists(sizes, context.device)
-    for i, wanted in enumerate(lists):
-        if time.monotonic() > end:
-            section.skipped.append(f"{', '.join(w.name for w in lists[i:])}: the section's time is over")
-            break
+    if not section.begun:
+        section.notes.append(
+            "A configuration counts that compiles, fits and gives the default's results to 2 % of their largest entry. "
+            "Nothing is changed by this: the defaults are constants in kernels/. After a change "
+            "`python -m bench.resources` shows registers and spills."
+        )
+
+    def one(numbered: tuple[int, Candidates]) -> None:
+        i, wanted = numbered
         # Its part of what is left, so that a slow compilation takes nothing from the lists after it.
-        share = (end - time.monotonic()) / (len(lists) - i)
-        try:
-            section.rows.append(_try(context, section, wanted, time.monotonic() + share))
-        except Exception as error:
-            context.synchronize()  # raises where this process can do no more
-            section.failures.append(f"{wanted.name}: {sentence(error)}")
-        context.free()
-    section.notes.append(
-        "A configuration counts that compiles, fits and gives the default's results to 2 % of their largest entry. "
-        "Nothing is changed by this: the defaults are constants in kernels/. After a change "
-        "`python -m bench.resources` shows registers and spills."
-    )
+        share = context.seconds_left(math.inf) / (len(lists) - i)
+        section.rows.append(_try(context, section, wanted, time.monotonic() + share))
+
+    context.each(section, [(wanted.name, (i, wanted)) for i, wanted in enumerate(lists)], one)
 
 
 def _try(context: Context, section: Section, wanted: Candidates, end: float) -> dict[str, Any]:

@@ -74,17 +74,24 @@ def compare(case: Case, inputs: list[Tensor], seed: int) -> Worst:
     del wide
     with poisoned():
         ours = results(case.kernel, inputs, case.grads, seed)
+    values = len(ours) - case.grads
+    names = [f"result {i}" if i < values else f"gradient of input {i - values}" for i in range(len(ours))]
+    return worst_of(names, ours, theirs, truth, case.dtype, case.floor)
+
+
+def worst_of(
+    names: list[str], ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], dtype: torch.dtype, floor: float
+) -> Worst:
+    """The worst of `ours`, which are called `names`; `theirs` are plain PyTorch's in the same type `dtype`."""
     worst = Worst()
-    for i, (got, plain, true) in enumerate(zip(ours, theirs, truth, strict=True)):
-        values = len(ours) - case.grads
-        what = f"result {i}" if i < values else f"gradient of input {i - values}"
+    for what, got, plain, true in zip(names, ours, theirs, truth, strict=True):
         if (got.shape, got.dtype) != (plain.shape, plain.dtype):
             return Worst(float("inf"), f"{what} is {got.dtype} {tuple(got.shape)}")
         if not got.is_floating_point():
             wrong = int((got != true).sum())
             found = Worst(float(wrong), what, float(wrong), 0.0)
         else:
-            found = _error(got, plain, true, case, what)
+            found = _error(got, plain, true, dtype, floor, what)
         # A NaN is no number that is larger: it has to be asked for.
         if not found.share <= worst.share:
             worst = found
@@ -93,47 +100,59 @@ def compare(case: Case, inputs: list[Tensor], seed: int) -> Worst:
     return worst
 
 
-def _error(got: Tensor, plain: Tensor, true: Tensor, case: Case, what: str) -> Worst:
+def _error(got: Tensor, plain: Tensor, true: Tensor, dtype: torch.dtype, floor: float, what: str) -> Worst:
     true = true.double()
     largest = float(true.abs().max()) or 1.0
     error, theirs = (float((x.double() - true).abs().max()) / largest for x in (got, plain))
     # Triton's interpreter cuts bfloat16 off where a GPU rounds, which doubles an error.
     factor = 4 if got.dtype == torch.bfloat16 and not got.is_cuda else 2
     # Of a few numbers, a loss say, PyTorch's own can be exact by luck: one rounding of the type is always allowed.
-    luck = torch.finfo(case.dtype).eps if true.numel() < 64 and case.dtype.is_floating_point else 0.0
-    allowed = factor * theirs + case.floor + luck
+    luck = torch.finfo(dtype).eps if true.numel() < 64 and dtype.is_floating_point else 0.0
+    allowed = factor * theirs + floor + luck
     return Worst(error / allowed, what, error, allowed)
 
 
 def correctness(context: Context, section: Section) -> None:
     """Values and gradients on fresh random inputs and poisoned memory, at most twice as far off as plain PyTorch."""
-    section.check(poison_works(context.device), "uninitialised memory could not be poisoned")
-    sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.CHECK
-    for i, case in enumerate(kernel_cases.check_cases(sizes, context.device)):
-        row: dict[str, Any] = {"operator": case.title}
+    if not section.begun:
+        section.check(poison_works(context.device), "uninitialised memory could not be poisoned")
+        section.notes += [
+            f"Inputs are drawn from the seed {context.seed} (`--seed` repeats them).",
+            "Truth is the reference in float64 (interpolate: on the CPU); allowed is twice the error of plain PyTorch "
+            "in the same type and 1e-6 of the largest entry (interpolate: 1e-5); one rounding more for fewer than 64 "
+            "numbers.",
+        ]
+
+    def one(numbered: tuple[int, Case]) -> None:
+        i, case = numbered
         try:
             worst = compare(case, case.make(Draw(context.device, context.seed + i)), context.seed + i)
         except Exception as error:
             context.synchronize()  # raises where this process can do no more
             worst = Worst(float("inf"), sentence(error), float("nan"))
-        row |= {"nearest to its limit": worst.what, "error": worst.error, "allowed": worst.allowed}
         what = f"{case.title}: {worst.what}, error {worst.error:.3g} of the largest entry, {worst.allowed:.3g} allowed"
-        section.rows.append(row | {"ok": section.check(worst.share <= 1, what)})
-        context.free()
-    section.rows += optimizer.correctness(context, section)
-    section.notes += [
-        f"Inputs are drawn from the seed {context.seed} (`--seed` repeats them).",
-        "Truth is the reference in float64 (interpolate: on the CPU); allowed is twice the error of plain PyTorch in "
-        "the same type and 1e-6 of the largest entry (interpolate: 1e-5); one rounding more for fewer than 64 numbers.",
-    ]
+        section.rows.append({
+            "operator": case.title, "nearest to its limit": worst.what, "error": worst.error, "allowed": worst.allowed,
+            "ok": section.check(worst.share <= 1, what),
+        })  # fmt: skip
+
+    sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.CHECK
+    context.each(section, _named(kernel_cases.check_cases(sizes, context.device)), one)
+    optimizer.correctness(context, section)
+
+
+def _named(cases: list[Case], after: str = "") -> list[tuple[str, tuple[int, Case]]]:
+    """Cases by their names, with their numbers, of which their inputs are a function."""
+    return [(case.title + after, (i, case)) for i, case in enumerate(cases)]
 
 
 def determinism(context: Context, section: Section) -> None:
     """Twenty runs of every operator, bit for bit."""
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
     runs = 2 if context.smoke else RUNS
-    cases = kernel_cases.time_cases(sizes, context.device) + kernel_cases.cublaslt_cases(sizes, context.device)
-    for i, case in enumerate(cases):
+
+    def one(numbered: tuple[int, Case]) -> None:
+        i, case = numbered
         inputs = case.make(Draw(context.device, context.seed + i))
         first = results(case.kernel, inputs, case.grads, context.seed)
         equal = 1
@@ -142,20 +161,26 @@ def determinism(context: Context, section: Section) -> None:
             equal += all(same_bits(a, b) for a, b in zip(first, again, strict=True))
         good = section.check(equal == runs, f"{case.title}: {runs - equal} of {runs} runs differ")
         section.rows.append({"operator": case.title, "runs": runs, "equal bit for bit": equal, "ok": good})
-        del inputs, first
-        context.free()
-    section.rows += optimizer.determinism(context, section, runs)
-    section.rows += _same_everywhere(context, section, kernel_cases.SMOKE if context.smoke else kernel_cases.CHECK)
 
+    def of_optimizer(_: None) -> None:
+        if found := optimizer.determinism(context, section, runs):
+            section.rows.append(found)
 
-def _same_everywhere(context: Context, section: Section, sizes: kernel_cases.Sizes) -> Iterator[dict[str, Any]]:
-    """Rows: the noised latents of a GPU are those of the reference on a CPU."""
-    for i, case in enumerate(c for c in kernel_cases.check_cases(sizes, context.device) if not c.grads):
+    def beside_a_cpu(numbered: tuple[int, Case]) -> None:
+        """The noised latents of a GPU are those of the reference on a CPU."""
+        i, case = numbered
         inputs = case.make(Draw(context.device, context.seed + i))
         pairs = zip(case.kernel(*inputs), case.reference(*(x.cpu() for x in inputs)), strict=True)
-        error = max(float((a.cpu() - b).abs().max()) for a, b in pairs)
+        # The largest by torch: Python's max loses a NaN.
+        error = float(torch.stack([(a.cpu() - b).abs().max() for a, b in pairs]).max())
         good = section.check(error <= 1e-5, f"{case.title}: {error:.3g} from the reference on a CPU, 1e-5 allowed")
-        yield {"operator": f"{case.title}, beside a CPU's", "largest difference": error, "ok": good}
+        section.rows.append({"operator": f"{case.title}, beside a CPU's", "largest difference": error, "ok": good})
+
+    cases = kernel_cases.time_cases(sizes, context.device) + kernel_cases.cublaslt_cases(sizes, context.device)
+    context.each(section, _named(cases), one)
+    context.each(section, [("adamw_ema", None)], of_optimizer)
+    drawn = kernel_cases.check_cases(kernel_cases.SMOKE if context.smoke else kernel_cases.CHECK, context.device)
+    context.each(section, _named([case for case in drawn if not case.grads], ", beside a CPU's"), beside_a_cpu)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

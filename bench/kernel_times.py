@@ -24,15 +24,23 @@ OURS, EAGER, COMPILED = "triton", "eager", "compiled"
 def kernels(context: Context, section: Section) -> None:
     """Time of each operator forward and backward, its share of the floor, and its lead over the best alternative."""
     sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
+    if not section.begun:
+        section.notes += _notes(sizes)
+
+    def one(numbered: tuple[int, Case]) -> None:
+        i, case = numbered
+        _time_case(context, section, case, Draw(context.device, context.seed + i))
+        torch._dynamo.reset()
+
     # A backward that may reuse its saved tensors' memory runs only once.
     with torch._functorch.config.patch(donated_buffer=False):
-        for i, case in enumerate(kernel_cases.time_cases(sizes, context.device)):
-            _time_case(context, section, case, Draw(context.device, context.seed + i))
-            torch._dynamo.reset()
-            context.free()
-    section.rows.append(optimizer.row(context, section))
-    context.free()
-    section.notes += [
+        cases = enumerate(kernel_cases.time_cases(sizes, context.device))
+        context.each(section, [(case.title, (i, case)) for i, case in cases], one)
+    context.each(section, [("adamw_ema", None)], lambda _: section.rows.append(optimizer.row(context, section)))
+
+
+def _notes(sizes: kernel_cases.Sizes) -> list[str]:
+    return [
         f"Batch {sizes.batch}, medians of five interleaved rounds of eight calls (optimizer: four) with a cold cache; "
         "`spread` is the distance of the quartiles, `host us` what PyTorch's dispatcher takes to queue a call, which "
         "the GPU's times leave out.",

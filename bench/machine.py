@@ -9,8 +9,11 @@ import sys
 import torch
 import triton
 
+from bench.programs import program, unbuilt
 from bench.section import ROOT, Context, Section
 from bench.timing import measure
+from lsep.config import override
+from lsep.presets import PRESETS
 
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total,power.limit,temperature.gpu"
 
@@ -19,6 +22,10 @@ def machine(context: Context, section: Section) -> None:
     """Names and versions, and the measured rates of a copy and of a bf16 matrix product."""
     facts = {"GPU": _gpu(context), **_driver(section), **_versions(), "commit": commit(), "seed": context.seed}
     facts["command"] = f"python -m bench.gpu {' '.join(sys.argv[1:])}".strip()
+    facts |= _default_program(context)
+    problem = unbuilt(context.device)
+    if problem:
+        section.failures.append(problem)
     context.copy_rate = copy_rate(context)
     context.matrix_rate = matrix_rate(context)
     facts["device copy"] = f"{context.copy_rate / 1e12:.3g} TB/s, bytes read and written"
@@ -27,6 +34,15 @@ def machine(context: Context, section: Section) -> None:
         facts["clocks after the products"] = ", ".join(_smi("clocks.sm,clocks.mem")) or "unknown"
     section.rows = [{"what": key, "found": str(value)} for key, value in facts.items()]
     section.details = {"copy_rate": context.copy_rate, "matrix_rate": context.matrix_rate, **facts}
+
+
+def _default_program(context: Context) -> dict[str, str]:
+    """What `auto` means here for a step of SiT-XL/2; what was timed stands in each row of the step tables."""
+    config = override(PRESETS["sit-xl-2-256"], {
+        "model.input_size": 32, "model.in_channels": 4, "model.num_classes": 1000,
+        "train.precision": "bf16" if context.cuda else "fp32",
+    })  # fmt: skip
+    return {f"auto, {what}": by for what, by in program(config, context.device).items()}
 
 
 def copy_rate(context: Context) -> float:

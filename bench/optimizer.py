@@ -1,6 +1,6 @@
 """What `bench.gpu` asks of the optimizer: steps against the reference, repeated steps, and its time on SiT-XL/2."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.kernel_cases import Draw
+from bench.programs import unbuilt
 from bench.section import Context, Section
 from bench.timing import Timing, measure
 from lsep_kernels import reference
@@ -92,35 +93,43 @@ def gradients(variant: Variant, like: list[Tensor], step: int, seed: int) -> lis
 
 def missing(context: Context, section: Section) -> bool:
     """Whether there is no library here; on a GPU that is a failure, since nothing was checked."""
-    why = why_missing(context.device.type)
+    why = unbuilt(context.device) if context.cuda else why_missing(context.device.type)
     if why is not None:
         (section.failures if context.cuda else section.skipped).append(f"adamw_ema: {why}")
     return why is not None
 
 
-def correctness(context: Context, section: Section, steps: int = 5) -> Iterator[dict[str, Any]]:
+def correctness(context: Context, section: Section, steps: int = 5) -> None:
     """Rows: the operator against the reference after several steps of each variant."""
     if missing(context, section):
         return
+
+    def one(variant: Variant) -> None:
+        section.rows.append(compare(context, section, variant, steps))
+
+    context.each(section, [(f"adamw_ema {v.name}", v) for v in VARIANTS], one)
+
+
+def compare(context: Context, section: Section, variant: Variant, steps: int) -> dict[str, Any]:
+    """A row of `correctness`."""
     shapes = SMOKE_SHAPES if context.smoke else ODD_SHAPES
-    for variant in VARIANTS:
-        ours, theirs = (Problem(fused, variant, shapes, context.device, context.seed) for fused in (True, False))
-        norms = []
-        for step in range(steps):
-            grads = gradients(variant, ours.params, step, context.seed)
-            norms.append([p.step([None if g is None else g.clone() for g in grads]) for p in (ours, theirs)])
-        # One rounding of a bf16 copy, a few of float32.
-        pairs = list(zip(ours.tensors(), theirs.tensors(), strict=True))
-        worst = max(_relative(a, b) / (1e-6 if a.dtype == torch.float32 else 2**-7) for a, b in pairs if a.numel())
-        worst = max(worst, *(_relative(a, b) / 1e-6 for a, b in norms if bool(b.isfinite())))
-        counts = [[int(c) for c in p.counts] for p in (ours, theirs)]
-        norms_agree = all(bool(a.isfinite()) == bool(b.isfinite()) for a, b in norms)
-        good = worst <= 1 and counts[0] == counts[1] == [steps - variant.broken, int(variant.broken)] and norms_agree
-        text = f"adamw_ema, {variant.name}: {worst:.3g} of the allowed error, updates and skips {counts}"
-        yield {
-            "operator": f"adamw_ema {variant.name}", "nearest to its limit": f"{steps} steps, skipped {counts[0][1]}",
-            "error": worst * 1e-6, "allowed": 1e-6, "ok": section.check(good, text),
-        }  # fmt: skip
+    ours, theirs = (Problem(fused, variant, shapes, context.device, context.seed) for fused in (True, False))
+    norms = []
+    for step in range(steps):
+        grads = gradients(variant, ours.params, step, context.seed)
+        norms.append([p.step([None if g is None else g.clone() for g in grads]) for p in (ours, theirs)])
+    # One rounding of a bf16 copy, a few of float32; a norm that is not finite has no error.
+    pairs = [(a, b) for a, b in zip(ours.tensors(), theirs.tensors(), strict=True) if a.numel()]
+    errors = [_relative(a, b) / (1e-6 if a.dtype == torch.float32 else 2**-7) for a, b in pairs]
+    worst = max([*errors, *(_relative(a, b) / 1e-6 for a, b in norms if bool(b.isfinite()))])
+    counts = [[int(c) for c in p.counts] for p in (ours, theirs)]
+    norms_agree = all(bool(a.isfinite()) == bool(b.isfinite()) for a, b in norms)
+    good = worst <= 1 and counts[0] == counts[1] == [steps - variant.broken, int(variant.broken)] and norms_agree
+    text = f"adamw_ema, {variant.name}: {worst:.3g} of the allowed error, updates and skips {counts}"
+    return {
+        "operator": f"adamw_ema {variant.name}", "nearest to its limit": f"{steps} steps, skipped {counts[0][1]}",
+        "error": worst * 1e-6, "allowed": 1e-6, "ok": section.check(good, text),
+    }  # fmt: skip
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -129,12 +138,12 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def determinism(context: Context, section: Section, runs: int) -> Iterator[dict[str, Any]]:
-    """A row: three steps from the same start, again and again."""
+def determinism(context: Context, section: Section, runs: int) -> dict[str, Any] | None:
+    """A row: three steps from the same start, again and again; None where there is no library."""
     from bench.kernel_checks import same_bits
 
     if missing(context, section):
-        return
+        return None
     variant = replace(VARIANTS[1], name="three steps")
     shapes = SMOKE_SHAPES if context.smoke else [*ODD_SHAPES, (1152, 4608), (4608, 1152)]
 
@@ -146,7 +155,7 @@ def determinism(context: Context, section: Section, runs: int) -> Iterator[dict[
     first = once()
     equal = 1 + sum(all(map(same_bits, first, once())) for _ in range(runs - 1))
     good = section.check(equal == runs, f"adamw_ema: {runs - equal} of {runs} runs differ")
-    yield {"operator": "adamw_ema, 3 steps", "runs": runs, "equal bit for bit": equal, "ok": good}
+    return {"operator": "adamw_ema, 3 steps", "runs": runs, "equal bit for bit": equal, "ok": good}
 
 
 def shapes_of(smoke: bool) -> list[tuple[int, ...]]:

@@ -5,6 +5,8 @@ rate is measured first, then as many steps are trained as fill the time. It must
 the end, and go on from its last checkpoint.
 """
 
+import importlib.util
+import math
 import statistics
 import tempfile
 from contextlib import redirect_stdout
@@ -18,6 +20,8 @@ from lsep.config import Config, override
 from lsep.run import Run
 from lsep.train import train
 
+MIN_SECONDS, AROUND = 30.0, 90.0
+"""The shortest training, and what is kept of the section's time for compiling, measuring the rate and resuming."""
 WINDOWS = 10
 """Log windows that are compared at the begin and at the end."""
 
@@ -56,15 +60,21 @@ def configuration(store: Path, plan: Plan, steps: int) -> Config:
 
 
 def pretraining(context: Context, section: Section) -> None:
-    """A training of three minutes: learned, nothing lost, steady speed, resumable."""
+    """A training of three minutes, or as many as are left: learned, nothing lost, steady speed, resumable."""
     plan = SMOKE if context.smoke else FULL
+    # All of `lsep train` runs, logs and plots included, and these are not on every machine that has a GPU.
+    absent = [name for name in ("tensorboard", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if absent:
+        section.skipped.append(f"lsep train needs {', '.join(absent)}: pip install {' '.join(absent)}")
+        return
+    seconds = min(plan.seconds, max(MIN_SECONDS, context.seconds_left(math.inf) - AROUND))
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w") as log, redirect_stdout(log):
         store = Path(folder) / "store"
         write_patterns(store, plan.rows, plan.side)
         trial = train(configuration(store, plan, plan.trial_steps), Path(folder) / "trial")
         lines = trial.metrics()[plan.trial_steps // plan.log_every // 2 :]
         rate = statistics.median(line["images_per_second"] for line in lines) / plan.changes["train.batch_size"]
-        steps = max(2 * WINDOWS * plan.log_every, round(plan.seconds * rate))
+        steps = max(2 * WINDOWS * plan.log_every, round(seconds * rate))
         run = train(configuration(store, plan, steps), Path(folder) / "run")
         before = run.metrics()
         _judge(section, run, before, full=not context.smoke)

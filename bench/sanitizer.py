@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from bench.programs import unbuilt
 from bench.section import ROOT, Context, Section
-from lsep_kernels.adamw_ema import why_missing
 
 LIMIT = 90
 """Seconds."""
@@ -22,19 +22,26 @@ LIMIT = 90
 def csrc(context: Context, section: Section) -> None:
     """Memcheck finds no error in the optimizer's kernels."""
     tool = find()
-    problem = why_missing("cuda") if context.cuda else f"memcheck needs a GPU, and the device is {context.device.type}"
-    if problem or tool is None:
-        section.skipped.append(problem or "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin")
+    problem = unbuilt(context.device)
+    if problem:
+        section.failures.append(problem)
+        return
+    if tool is None or not context.cuda:
+        without = f"memcheck needs a GPU, and the device is {context.device.type}"
+        section.skipped.append(
+            "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin" if context.cuda else without
+        )
         return
     # Without PyTorch's memory cache every tensor is an allocation of its own, whose ends memcheck knows.
     setting = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [tool, "--tool", "memcheck", "--report-api-errors", "no", sys.executable, "-m", "bench.sanitizer"]
+    limit = context.seconds_left(LIMIT)
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=LIMIT, cwd=ROOT, env=os.environ | setting
+            command, capture_output=True, text=True, timeout=limit, cwd=ROOT, env=os.environ | setting
         )
     except subprocess.TimeoutExpired:
-        section.skipped.append(f"memcheck was not done after {LIMIT} s")
+        section.skipped.append(f"memcheck was not done after {limit:.0f} s")
         return
     output = done.stdout + done.stderr
     errors = re.search(r"ERROR SUMMARY: (\d+) error", output)

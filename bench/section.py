@@ -1,14 +1,24 @@
-"""What a section of `bench.gpu` gets and gives, and how it is shown."""
+"""What a section of `bench.gpu` gets and gives, how it runs its cases, and how it is shown."""
 
+import gc
 import math
+import os
+import sys
 import time
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+
+class GpuLost(Exception):
+    """The GPU cannot be used any more by this process: after an illegal access to memory, say."""
 
 
 @dataclass
@@ -23,7 +33,13 @@ class Context:
     matrix_rate: float = math.nan
     """FLOP/s of a bf16 matrix product."""
     deadline: float = math.inf
-    """Value of `time.monotonic()` at which what is optional ends."""
+    """Value of `time.monotonic()` at which the section that runs begins no further case."""
+    case_limit: float = math.inf
+    """Seconds after which a case counts as hanging: whoever watches this process ends it."""
+    tell: Callable[["Section", str | None, float], None] = lambda section, case, until: None
+    """Hands on what a section has so far, the case that begins, and when that counts as hanging."""
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The `details` of the sections before, by their names; a fresh process has them too."""
 
     @property
     def cuda(self) -> bool:
@@ -34,18 +50,46 @@ class Context:
         return max(size / self.copy_rate, flops / self.matrix_rate)
 
     def synchronize(self) -> None:
-        """Wait for the GPU; raises where it failed and this process can use it no more."""
-        if self.cuda:
+        """Wait for the GPU; raises GpuLost where it failed and this process can use it no more."""
+        if not self.cuda:
+            return
+        try:
             torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise GpuLost(sentence(error)) from error
 
     def free(self) -> None:
         """Give PyTorch's unused memory back."""
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def seconds_left(self, at_most: float) -> float:
         """Time for an optional part."""
         return max(0.0, min(at_most, self.deadline - time.monotonic()))
+
+    def each(self, section: "Section", cases: Iterable[tuple[str, T]], run: Callable[[T], None]) -> None:
+        """`run` every case while the section has time; one that raises an error is a failure by its name.
+
+        A name occurs once in a section. Cases that a former process has begun are left out: it was ended in the last.
+        Raises GpuLost where a case has broken the GPU for this process.
+        """
+        todo = [(name, case) for name, case in cases if name not in section.begun]
+        for i, (name, case) in enumerate(todo):
+            if not self.seconds_left(math.inf):
+                section.skipped.append(f"{', '.join(n for n, _ in todo[i:])}: the section's time is over")
+                return
+            section.begun.append(name)
+            self.tell(section, name, time.monotonic() + self.case_limit)
+            try:
+                run(case)
+            except GpuLost:
+                raise
+            except Exception as error:
+                section.fail(name, error)
+                self.synchronize()
+            self.free()
+        self.tell(section, None, math.inf)
 
 
 @dataclass
@@ -63,11 +107,16 @@ class Section:
     details: dict[str, Any] = field(default_factory=dict)
     """For the JSON file only."""
     seconds: float = 0.0
+    begun: list[str] = field(default_factory=list)
+    """Cases that were begun, by their names."""
+    running: bool = False
 
     @property
     def state(self) -> str:
         if self.failures:
             return f"FAILED ({len(self.failures)})"
+        if self.running:
+            return "running"
         return "skipped" if self.skipped and not self.rows else "ok"
 
     def check(self, good: bool, what: str) -> str:
@@ -75,6 +124,13 @@ class Section:
         if not good:
             self.failures.append(what)
         return "yes" if good else "NO"
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Record the failure of `what` by `error`, whose traceback goes to the terminal and the JSON file."""
+        self.failures.append(f"{what}: {sentence(error)}")
+        text = "".join(traceback.format_exception(error))
+        self.details.setdefault("tracebacks", {})[what] = text
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(section: Section) -> str:
@@ -102,7 +158,15 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def sentence(error: Exception) -> str:
+def write_whole(path: Path, text: str) -> None:
+    """`text` into `path`, whose folder is made; whoever ends this process leaves all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text)
+    new.replace(path)
+
+
+def sentence(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

@@ -11,12 +11,16 @@ optimisation can be put beside the step without it (`shared-0.8 shared-0.8+train
 
 Only `train_step` is timed, its batches lie on the device. A round times every variant, in rotating order; times are
 medians over rounds, ratios medians of the ratios within a round. Where the weights of all variants would leave too
-little memory for activations they run one after the other, and the report says so. The exit code is 1 when a variant
-failed, 2 for a command that cannot be meant.
+little memory for activations they run one after the other, and the report says so; the files are then written after
+each. A variant that does not fit the GPU's memory has its batch cut into micro-batches, and its row says so. A table
+names the program that each row timed; a variant that would be another one because csrc is not built has failed.
+
+The exit code is 1 when a variant failed, 2 for a command that cannot be meant.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -24,19 +28,19 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 
-from bench.section import Context, Section, plain, show
+from bench.section import Context, Section, plain, show, write_whole
 from bench.timing import measure as time_calls
 from bench.variants import VARIANTS, Measured, configuration, interleaves, measure, missing, variant, with_data
 from lsep import flops
 from lsep.checks import check
-from lsep.config import override
+from lsep.config import Config, override
 from lsep.errors import UserError
 from lsep.plan import branch_plan
 from lsep.step import pick_device
@@ -96,6 +100,7 @@ def row(name: str, found: dict[str, Measured], matrix_rate: float, device_peak: 
             out[f"FLOPs / {base}"] = m.flops / found[base].flops
     plan, speed = branch_plan(m.config), m.flops / median
     return out | {
+        "micro-batches": m.config.optim.accumulate,
         "blocks": flops.second_pass_blocks(m.config, plan), "GFLOP/image": m.flops / batch / 1e9,
         "MFU": speed / device_peak if device_peak else None, "of matrix rate": speed / matrix_rate,
         "peak GiB": None if m.peak_bytes is None else m.peak_bytes / 2**30, "compile s": m.compile_seconds,
@@ -177,30 +182,50 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     base = configuration(preset)
     if args.batch_size is not None:
         base = override(base, {"train.batch_size": args.batch_size})
+    ceilings = (math.nan, math.nan)
+
+    def result(found: dict[str, Measured], failed: dict[str, str]) -> dict[str, Any]:
+        copy_rate, matrix_rate = ceilings
+        return {
+            **facts(device), "preset": preset, "batch size": base.train.batch_size, "steps": steps,
+            "rounds": args.rounds, "interleaved": together, "compile": args.compile, "copy rate": copy_rate,
+            "matrix rate": matrix_rate, "variants": [row(name, found, matrix_rate, peak(device)) for name in found],
+            "budgets": {name: floors(m, copy_rate, matrix_rate) for name, m in found.items() if budget and m.rooms},
+            "failed": failed, "skipped": skipped,
+            "programs": {name: m.program for name, m in found.items()},
+            "cut": {name: m.cut for name, m in found.items() if m.cut},
+            "round ms": {name: [s * 1e3 for s in m.seconds] for name, m in found.items()},
+            "parts": {
+                name: {p: f._asdict() for p, f in flops.step_parts(m.config, m.probe_classes).items()}
+                for name, m in found.items()
+            },
+        }  # fmt: skip
+
+    def so_far(found: dict[str, Measured], failed: dict[str, str]) -> None:
+        if args.json or args.markdown:
+            present = result(found, failed)
+            write(present, report(present), args, quietly=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        configs = {name: variant(name, base, args.compile) for name in args.variants}
-        skipped = {name: why for name in configs if (why := missing(name, device))}
-        configs = {name: config for name, config in configs.items() if name not in skipped}
-        for config in configs.values():
-            check(config)
-        configs = {name: with_data(config, Path(folder)) for name, config in configs.items()}
+        configs, skipped = prepared(args.variants, base, args.compile, device, Path(folder))
         together = interleaves(configs.values(), device)
-        copy_rate, matrix_rate = rates(device)
-        found, failed = measure(configs, steps, args.rounds, together, budget)
-    copy_rate, matrix_rate = again(device, (copy_rate, matrix_rate))
-    rows = [row(name, found, matrix_rate, peak(device)) for name in found]
-    budgets = {name: floors(m, copy_rate, matrix_rate) for name, m in found.items() if budget}
-    result = {
-        **facts(device), "preset": preset, "batch size": base.train.batch_size, "steps": steps, "rounds": args.rounds,
-        "interleaved": together, "compile": args.compile, "copy rate": copy_rate, "matrix rate": matrix_rate,
-        "variants": rows, "budgets": budgets, "failed": failed, "skipped": skipped,
-        "round ms": {name: [s * 1e3 for s in m.seconds] for name, m in found.items()},
-        "parts": {
-            name: {p: f._asdict() for p, f in flops.step_parts(m.config, m.probe_classes).items()}
-            for name, m in found.items()
-        },
-    }  # fmt: skip
-    return result, report(result)
+        ceilings = rates(device)
+        found, failed = measure(configs, steps, args.rounds, together, budget, so_far)
+    ceilings = again(device, ceilings)
+    final = result(found, failed)
+    return final, report(final)
+
+
+def prepared(
+    names: Sequence[str], base: Config, compiled: str, device: torch.device, folder: Path
+) -> tuple[dict[str, Config], dict[str, str]]:
+    """The variants `names` of `base` over data below `folder`, and of those that cannot run here, why."""
+    configs = {name: variant(name, base, compiled) for name in names}
+    skipped = {name: why for name, config in configs.items() if (why := missing(name, config, device))}
+    configs = {name: config for name, config in configs.items() if name not in skipped}
+    for config in configs.values():
+        check(config)
+    return {name: with_data(config, folder) for name, config in configs.items()}, skipped
 
 
 def report(result: dict[str, Any]) -> str:
@@ -208,18 +233,19 @@ def report(result: dict[str, Any]) -> str:
     notes = [f"{key}: {value}" for key, value in result.items() if not isinstance(value, dict | list)]
     table = [{k: v for k, v in r.items() if k != "quartiles"} for r in result["variants"]]
     failed, skipped = ([f"{n}: {why}" for n, why in result[key].items()] for key in ("failed", "skipped"))
-    sections = [Section("bench.step", table, notes, failed, skipped)]
+    notes += [f"{name} runs in micro-batches: {why}" for name, why in result["cut"].items()]
+    programs = [{"variant": name, **program} for name, program in result["programs"].items()]
+    sections = [Section("bench.step", table, notes, failed, skipped), Section("programs", programs)]
     sections += [Section(f"budget of {name}", rows) for name, rows in result["budgets"].items()]
     return "\n".join(show(s) for s in sections)
 
 
-def write(result: dict[str, Any], text: str, args: argparse.Namespace) -> None:
-    """What `--json` and `--markdown` ask for; the text to the terminal without the latter."""
+def write(result: dict[str, Any], text: str, args: argparse.Namespace, quietly: bool = False) -> None:
+    """What `--json` and `--markdown` ask for; the text to the terminal without the latter, unless `quietly`."""
     for path, content in ((args.json, json.dumps(plain(result), indent=1) + "\n"), (args.markdown, text)):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-    if not args.markdown:
+            write_whole(path, content)
+    if not args.markdown and not quietly:
         print(text)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from bench.section import Context, Section, sentence
+from bench.section import Context, Section
 from lsep.config import Config, override
 from lsep.data.writer import write_store
 from lsep.step import open_loader, setup, train_step
@@ -159,26 +159,28 @@ def _now(context: Context) -> float:
 def training(context: Context, section: Section) -> None:
     """Loss curves inside the spread of two reference seeds, no host sync, and images/s as ratios."""
     plan = SMOKE if context.smoke else FULL
+    if not section.begun:
+        section.notes += _notes(context, plan)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         write_patterns(store, plan.rows, plan.side)
         base = run(configuration(store, plan, context, {}), plan, context, guard=False)
         other = run(configuration(store, plan, context, {"train.seed": 1}), plan, context, guard=False)
         spread = (base.smooth() - other.smooth()).abs()
-        section.rows += [_row("plain PyTorch", base, base, base), _row("plain PyTorch, other seed", other, base, base)]
         allowed = spread.amax(0), spread.mean(0)
-        for name, changes in switches(context).items():
-            try:
-                curve = run(configuration(store, plan, context, changes), plan, context, guard=True)
-            except Exception as error:
-                context.synchronize()  # raises where this process can do no more
-                section.failures.append(f"{name}: {sentence(error)}")
-                continue
+        if not section.begun:
+            section.rows += [_row("plain PyTorch", base, base, base)]
+            section.rows += [_row("plain PyTorch, other seed", other, base, base)]
+            section.details["losses"] = {"plain PyTorch": base.losses.tolist(), "other seed": other.losses.tolist()}
+            _learned(section, base, plan)
+
+        def one(switch: tuple[str, dict[str, Any]]) -> None:
+            name, changes = switch
+            curve = run(configuration(store, plan, context, changes), plan, context, guard=True)
             section.rows.append(_judge(section, name, curve, base, allowed))
             section.details[name] = {"changes": changes, "losses": curve.losses.tolist()}
-    section.details |= {"plain PyTorch": base.losses.tolist(), "plain PyTorch, other seed": other.losses.tolist()}
-    _learned(section, base, plan)
-    section.notes += _notes(context, plan)
+
+        context.each(section, [(name, (name, changes)) for name, changes in switches(context).items()], one)
 
 
 def _row(name: str, curve: Curve, same_seed: Curve, reference: Curve) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.programs import another_program, out_of_memory, program, smaller
 from bench.section import sentence
 from lsep import flops
 from lsep.config import Config, override
@@ -25,7 +27,7 @@ from lsep.errors import UserError, nearest
 from lsep.graphs import WARM_UP, Graphs
 from lsep.model import SiT
 from lsep.presets import PRESETS
-from lsep.step import open_loader, setup, train_step
+from lsep.step import open_loader, pick_device, setup, train_step
 from lsep_kernels import ops
 from lsep_kernels.reference import gate_residual
 
@@ -76,6 +78,10 @@ class Measured:
     nothing) or timed."""
     rooms: dict[str, float] = field(default_factory=dict)
     """Seconds of a step by what they were spent on, see ROOMS."""
+    program: dict[str, str] = field(default_factory=dict)
+    """What ran, see `programs.program`."""
+    cut: str | None = None
+    """Why the batch is in more micro-batches than the variant says."""
 
     @property
     def flops(self) -> int:
@@ -95,7 +101,8 @@ class Runner:
 
     def __init__(self, config: Config, two_passes: bool = False) -> None:
         self.others = allocated()
-        self.state = setup(config)
+        with _only_own_weights():
+            self.state = setup(config)
         if two_passes:
             model = self.state.learning.model  # of the module that runs, maybe a copy of `objective`
             model.forward_with_probe = partial(separate_passes, model)  # type: ignore[method-assign]
@@ -103,6 +110,7 @@ class Runner:
         self.steps = 0
         manifest, parameters = self.state.source.manifest, self.state.objective.parameters()
         self.found = Measured(self.state.config, manifest.probe_classes, sum(p.numel() for p in parameters))
+        self.found.program = program(self.state.config, self.state.device)
         graphed = isinstance(self.state.compute, Graphs)
         warm = [self.time(1) for _ in range(WARM_UP + 2 if graphed else 3)]
         if self.state.device.type == "cuda" or config.train.compile not in ("auto", "off"):
@@ -137,6 +145,17 @@ class Runner:
             room = room_of(event.key)
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             self.found.rooms[room] = self.found.rooms.get(room, 0.0) + spent / 2e6
+
+
+@contextmanager
+def _only_own_weights() -> Iterator[None]:
+    """Linear layers are not filled when they are made: `setup` fills them anyway, and this takes 18 s for SiT-XL/2."""
+    before = nn.Linear.reset_parameters
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = before  # type: ignore[method-assign]
 
 
 def separate_passes(
@@ -216,13 +235,18 @@ def _value(text: str) -> Any:
         return text
 
 
-def missing(name: str, device: torch.device) -> str | None:
-    """Why the variant `name` cannot run on `device`; None when it can."""
-    if name != "fp8":
-        return None
-    if device.type != "cuda":
-        return f"fp8 needs a GPU, and the device is {device.type}"
-    return ops.missing_fp8("triton", device) or ops.missing_triton(device)
+def missing(name: str, config: Config, device: torch.device) -> str | None:
+    """Why the variant `name`, which is `config`, cannot run on `device`; None when it can."""
+    if name.startswith("fp8"):
+        if device.type != "cuda":
+            return f"fp8 needs a GPU, and the device is {device.type}"
+        return ops.missing_fp8("triton", device) or ops.missing_triton(device)
+    dtype = torch.bfloat16 if device.type == "cuda" and config.train.precision != "fp32" else torch.float32
+    model, wanted = config.model, config.backend
+    tokens, head = ((model.input_size or 32) // model.patch_size) ** 2, model.hidden_size // model.num_heads
+    return (wanted.attention != "auto" and ops.missing_attention(wanted.attention, device, dtype, tokens, head)) or (
+        wanted.mlp != "auto" and ops.missing_mlp(wanted.mlp, device, dtype)
+    ) or None
 
 
 def with_data(config: Config, folder: Path) -> Config:
@@ -249,12 +273,23 @@ def interleaves(configs: Iterable[Config], device: torch.device) -> bool:
     return size <= torch.cuda.get_device_properties(device).total_memory / 4
 
 
+def nothing(found: dict[str, Measured], failed: dict[str, str]) -> None:
+    """For a `measure` that nobody watches."""
+
+
 def measure(
-    configs: dict[str, Config], steps: int, rounds: int, interleaved: bool, budget: bool = False
+    configs: dict[str, Config],
+    steps: int,
+    rounds: int,
+    interleaved: bool,
+    budget: bool = False,
+    after: Callable[[dict[str, Measured], dict[str, str]], None] = nothing,
 ) -> tuple[dict[str, Measured], dict[str, str]]:
     """Every configuration, `rounds` times `steps` steps: what was found, and of those that failed, why.
 
-    UserError ends it; whatever else a variant raises is its own failure. Two separate passes are `authors`'s alone.
+    UserError ends it; whatever else a variant raises is its own failure. One that does not fit the GPU's memory is cut
+    into micro-batches. Two separate passes are `authors`'s alone. `after` gets what there is after each group that runs
+    together.
     """
     torch._dynamo.config.recompile_limit = max(64, 4 * len(configs))  # one code object, a graph for every variant
     found: dict[str, Measured] = {}
@@ -267,7 +302,7 @@ def measure(
                     continue
                 try:
                     if turn < 0:
-                        runners[name] = Runner(configs[name], two_passes=name == "authors")
+                        runners[name] = started(name, configs[name])
                     elif turn < rounds:
                         runners[name].found.seconds.append(runners[name].time(steps))
                     else:
@@ -276,11 +311,53 @@ def measure(
                     raise
                 except Exception as error:
                     failed[name] = sentence(error)
-                    runners.pop(name, None)
+                    if turn < rounds:  # else only its budget is missing
+                        runners.pop(name, None)
         found |= {name: runner.found for name, runner in runners.items()}
         del runners
-        torch._dynamo.reset()  # what it compiled holds on to weights
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
+        after({name: found[name] for name in configs if name in found}, failed)
     return {name: found[name] for name in configs if name in found}, failed
+
+
+def started(name: str, config: Config) -> Runner:
+    """The variant `name`, warmed up; in as few micro-batches as fit the GPU's memory, of which its row speaks.
+
+    Raises RuntimeError for one that would be another program without a word, because csrc is not built.
+    """
+    device = pick_device(config.train.device)
+    problem = another_program(config, device)
+    if problem:
+        raise RuntimeError(problem)
+    wanted, cut = config.optim.accumulate, None
+    while True:
+        try:
+            runner = Runner(config, two_passes=name.split("+")[0] == "authors")
+        except Exception as error:
+            less = smaller(config)
+            if less is None or not out_of_memory(error):
+                if cut is None or not isinstance(error, UserError):
+                    raise
+                # Asked for in words that micro-batches exclude: its own failure, not the end of all.
+                raise RuntimeError(f"{cut}, and in {config.optim.accumulate}: {sentence(error)}") from None
+            cut = f"the GPU's memory is too small for {_micro_batches(config)}"
+            config = less
+        else:
+            used = runner.found.config.optim.accumulate
+            if used != wanted:
+                runner.found.cut = cut or f"in {used} micro-batches of the trainer's own choice"
+            return runner
+        release()  # what the attempt had allocated; not before its error, which holds on to it, is gone
+
+
+def _micro_batches(config: Config) -> str:
+    count = config.optim.accumulate
+    return f"{count} micro-batch{'es' if count > 1 else ''} of {config.train.batch_size // count}"
+
+
+def release() -> None:
+    """Give back what a variant that is gone has held."""
+    torch._dynamo.reset()  # what it compiled holds on to weights
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
