@@ -214,8 +214,9 @@ class TrainConfig:
     """Keep the residual stream in float32 under bf16 autocast."""
     fp8: bool = False
     """The four matrix products of each block in fp8, but for weight gradients; needs bf16 and a GPU with fp8."""
-    memory: Literal["keep", "recompute-elementwise", "recompute-blocks"] = "keep"
-    """What a step keeps for its backward; norms and GELU, or whole blocks, can be computed again to save memory."""
+    memory: Literal["auto", "keep", "recompute-elementwise", "recompute-blocks"] = "auto"
+    """What a step keeps for its backward; norms and GELU, or whole blocks, can be computed again to save memory. auto
+    keeps all; where that does not fit on the GPU, more micro-batches (optim.accumulate) come first."""
     compile: Literal["auto", "off", "block", "model"] = "auto"
     """torch.compile of each block (one code for all of a shape) or of the whole objective; auto: block on a GPU."""
     graphs: Literal["auto", "on", "off"] = "auto"

@@ -98,6 +98,14 @@ class World:
             raise UserError(text)
         raise SystemExit(2)
 
+    def least(self, value: int) -> int:
+        """The smallest `value` of all processes."""
+        if self.size == 1:
+            return value
+        values = [0] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return min(values)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(self.host)

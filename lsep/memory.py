@@ -24,7 +24,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 def runner(policy: str) -> Callable[..., Any]:
     """`run(function, *args)`: calls a part of the model so that its backward keeps what `policy` says."""
-    if policy == "keep":
+    if policy in ("keep", "auto"):
         return _call
     # No random numbers are drawn inside: their state need not be read and put back.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -98,8 +98,8 @@ def profile(config: Config, out: Path, steps: int, warmup: int, argv: list[str],
     auto = [name for name in ("train.compile", "train.graphs") if flat(config)[name] == "auto"]
     config = override(config, dict.fromkeys(auto, "off"))
     state = setup(config)
-    for text in state.substitutes:
-        print(f"lsep: warning: {text}", file=sys.stderr)
+    for note in state.notes:
+        print(f"lsep: {note}", file=sys.stderr)
     if not traced:
         seconds = _steps(state, steps, warmup, _cuda_window())
         print(f"a window of {steps} steps after {warmup}: {1000 * seconds / steps:.4g} ms a step under the tool")

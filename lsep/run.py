@@ -16,15 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsep.config import Config, flat, from_dict
+from lsep.config import Config, flat, from_dict, override
 from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, one_line, shown, told
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
     "data.path", "align.encoder", "align.features", "align.images", "data.loader", "data.threads", "data.prefetch",
-    "data.crc", "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights", "train.fp8",
-    "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
+    "data.crc", "optim.accumulate", "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights",
+    "train.fp8", "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
     "train.sample_every", "train.eval_every", "train.overhead_rounds", "train.wandb", "train.max_skipped",
     "train.on_spike", "train.init", "train.spike_factor",
 }  # fmt: skip
@@ -92,6 +92,20 @@ class Run:
                 )
         elif self.path.is_dir() and any(p != self.lock_file for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json): choose another --run-dir")
+
+    def settled(self, config: Config) -> Config:
+        """`config` with what its `train.memory` auto meant when this run was begun, so that a run stays as it was.
+
+        Not where `optim.accumulate` is not what auto made of the one given: then the user chose anew.
+        """
+        if config.train.memory != "auto" or not self.config_file.exists():
+            return config
+        before = self.config()
+        if before.optim.accumulate % config.optim.accumulate or before.train.batch_size != config.train.batch_size:
+            return config
+        return override(
+            config, {"train.memory": before.train.memory, "optim.accumulate": before.optim.accumulate}
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

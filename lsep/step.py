@@ -27,6 +27,7 @@ from lsep.data.reader import Sequence
 from lsep.data.store import Store
 from lsep.dist import World
 from lsep.errors import UserError
+from lsep.fitting import fit_memory
 from lsep.graphs import Graphs
 from lsep.metrics import require_wandb
 from lsep.model import SiT
@@ -65,8 +66,10 @@ class State:
     steps_per_epoch: int
     backends: Backends
     """Which implementations compute the step."""
-    substitutes: list[str]
-    """What is missing here, so that others than usual do, see `lsep.backends.substitutes`."""
+    notes: list[str]
+    """What a user should know of the choices made: a line each."""
+    step_bytes: int = 0
+    """Memory of the GPU that a step needs, computed; 0 where that is not modelled."""
     offset: int = 0
     """Steps whose data was left out after spikes: step n trains on the batch of step n + offset."""
 
@@ -93,8 +96,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     backbone.require(config)
     world = world or World(pick_device(config.train.device))
     device = world.device
-    shards = config.optim.accumulate * world.size
-    if config.train.batch_size % shards:
+    if config.train.batch_size % (config.optim.accumulate * world.size):
         raise UserError(
             f"--train.batch-size {config.train.batch_size} is not divisible by {world.size} processes times "
             f"--optim.accumulate {config.optim.accumulate}"
@@ -108,6 +110,8 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         config = replace(config, train=replace(config.train, precision=precision))
     teacher = open_teacher(config, source, device)
     config = resolve_align(config, teacher.shape)
+    fitted = fit_memory(config, world, source.manifest.probe_classes)
+    config = fitted.config
     chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
@@ -129,8 +133,9 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     optimizer = build_optimizer(objective, ema, config.optim, chosen.optimizer, world, copies)
     averages = Averages(objective, further, config.optim)
     at_step, at_epoch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-    own = range(world.rank * config.optim.accumulate, (world.rank + 1) * config.optim.accumulate)
-    plans = {probe: [branch_plan(config, i, shards, probe) for i in own] for probe in (False, True)}
+    micro = config.optim.accumulate
+    own = range(world.rank * micro, (world.rank + 1) * micro)
+    plans = {probe: [branch_plan(config, i, micro * world.size, probe) for i in own] for probe in (False, True)}
     compute = partial(compute_step, parallel, optimizer, averages, plans, at_step, at_epoch, bf16)
     return State(
         config=config,
@@ -148,7 +153,8 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         at_epoch=at_epoch,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
         backends=chosen,
-        substitutes=backends.substitutes(config, device),
+        notes=[f"warning: {text}" for text in backends.substitutes(config, device)] + fitted.notes,
+        step_bytes=fitted.needed,
     )
 
 
@@ -203,7 +209,7 @@ def open_loader(state: State, first: int, last: int) -> Loader:
     )  # fmt: skip
     assert state.config.model.input_size is not None
     image_size = state.config.align.image_size or 8 * state.config.model.input_size
-    return Loader(sequence, data, state.device, state.teacher.encoder, image_size)
+    return Loader(sequence, data, state.device, state.teacher.encoder, image_size, state.step_bytes)
 
 
 def train_step(state: State, step: int, batches: list[Batch], probe: bool | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from lsep.diagnose import not_finite
 from lsep.dist import Agreement, world
 from lsep.errors import UserError
 from lsep.evaluate.monitor import Monitor
+from lsep.fitting import memory_runs_out
 from lsep.metrics import Logger, Quiet
 from lsep.run import Run
 from lsep.signals import Preempted, heard
@@ -55,8 +56,8 @@ def train(
             run.check(state.config, state.source.manifest, state.teacher.identity)
 
         here.on_main(look)
-        begins = here.on_main(lambda: latest(run.checkpoints) is None)
-        state = here.together(lambda: setup(config, here, begins))
+        begins, settled = here.on_main(lambda: (latest(run.checkpoints) is None, run.settled(config)))
+        state = here.together(lambda: setup(settled, here, begins))
         monitor = here.together(lambda: Monitor(state)) if state.config.train.eval_every else None
         here.on_main(take)
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_last, config.train.keep_every, here)
@@ -64,7 +65,8 @@ def train(
         snapshots = None
         if state.config.optim.ema_snapshot_every:
             snapshots = stack.enter_context(closing(Checkpoints(run.snapshots, world=here)))
-        _Training(state, run, checkpoints, snapshots, monitor).run_from_newest(preset, strict)
+        with memory_runs_out(state.config, here, state.source.manifest.probe_classes):
+            _Training(state, run, checkpoints, snapshots, monitor).run_from_newest(preset, strict)
     return run
 
 
@@ -113,8 +115,8 @@ class _Training:
         for loss in losses[-2 * HISTORY :]:  # what is a spike does not depend on where a session began
             self.spikes.seen(loss)
         try:
-            for text in self.state.substitutes:
-                self.logger.say(f"lsep: warning: {text}")
+            for note in self.state.notes:
+                self.logger.say(f"lsep: {note}")
             if progress.step:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
             if self.monitor is not None:

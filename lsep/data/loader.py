@@ -78,12 +78,15 @@ class Loader:
         device: torch.device,
         encode: Encode | None = None,
         image_size: int = 0,
+        step_bytes: int = 0,
     ) -> None:
         """encode: what makes tokens of the batch's images, its own pixels or those of `sequence.images`, which are
-        brought to squares of image_size."""
+        brought to squares of image_size. step_bytes: what torch's allocator holds on a GPU while a step runs, 0 where
+        that is not known."""
         self.sequence, self.config, self.device = sequence, config, device
         self.encode, self.image_size = encode, image_size
-        self.kind = choose(config, sequence.source, device, sequence.features, sequence.images is not None)
+        images = sequence.images is not None
+        self.kind = choose(config, sequence.source, device, sequence.features, images, step_bytes)
         self.skipped = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -248,9 +251,17 @@ def has_dali() -> bool:
 
 
 def choose(
-    config: DataConfig, source: Source, device: torch.device, features: Source | None = None, images: bool = False
+    config: DataConfig,
+    source: Source,
+    device: torch.device,
+    features: Source | None = None,
+    images: bool = False,
+    step_bytes: int = 0,
 ) -> str:
-    """The loader behind `--data.loader`; auto: resident where all sets fit, else DALI on a GPU, else torch."""
+    """The loader behind `--data.loader`; auto: resident where all sets fit, else DALI on a GPU, else torch.
+
+    On a GPU they must leave a step its `step_bytes`, see `Loader`.
+    """
     if config.loader == "dali" and not has_dali():
         raise UserError(f"--data.loader dali needs NVIDIA DALI, which is not installed: {INSTALL}")
     if images and config.loader == "resident":
@@ -260,8 +271,12 @@ def choose(
     cuda = device.type == "cuda"
     sets = [s.manifest for s in (source, features) if s is not None]
     needed = sum(m.rows * (1 + m.flips) * m.row_bytes for m in sets)
-    free = torch.cuda.mem_get_info(device)[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # On a GPU a quarter: the model has not shown yet what it needs.
-    if not images and needed <= (free // 4 if cuda else min(free // 2, _SMALL)):
+    if cuda:
+        free = torch.cuda.mem_get_info(device)[0]
+        # Where nobody knows what the step needs a quarter, else what it leaves, but for samples and what else may come.
+        room = (free - max(0, step_bytes - torch.cuda.memory_reserved(device))) // 2 if step_bytes else free // 4
+    else:
+        room = min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, _SMALL)
+    if not images and needed <= room:
         return "resident"
     return "dali" if cuda and has_dali() else "torch"
