@@ -57,7 +57,8 @@ def test_a_kernel_that_spills_is_found(tmp_path: Path) -> None:
     """A product of 256 x 256 on four warps: 512 registers a thread."""
     program = tmp_path / "greedy.py"  # a file: Triton reads a kernel's source
     program.write_text(PROGRAM)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| greedy \| greedy \| 90 \|", done.stdout)
