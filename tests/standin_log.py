@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 Shape = tuple[int, int, int]
@@ -72,13 +72,19 @@ class Log:
 
     @classmethod
     def read(cls, path: Path) -> "Log":
-        log = cls()
+        log, places = cls(), dict[tuple[int, int], int]()  # place of a process's launch by its number
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         for index, line in enumerate(lines):
             pid, thread, device, kind, *fields = line.split("\t")
             where = (index, int(pid), int(thread), int(device))
             if kind == "launch":
-                log.launches.append(_launch(where, fields))
+                places[int(pid), int(fields[0])] = len(log.launches)
+                log.launches.append(_launch(where, fields[1:]))
+            elif kind == "work":
+                place = places[int(pid), int(fields[0])]
+                ms, moved, flops = map(float, fields[1:])
+                old = log.launches[place]
+                log.launches[place] = replace(old, ms=old.ms + ms, bytes=moved, flops=flops)
             else:
                 log.events.append(Event(*where, kind, tuple(fields)))
         return log

@@ -12,17 +12,18 @@
  *                                      device memory are recorded only, so that large models need little host memory
  *   STANDIN_LOG=FILE                   a line an event, fields separated by tabs, each line begun with process, thread
  *                                      and device:
- *     launch kind name grid block shared stream graph ms bytes flops label
- *                                      kind: kernel|triton|gemm|cudnn|solver|copy|memset|nccl|graph; graph: number of the
- *                                      capture it is recorded into, or 0; ms: assumed; label: of standin_annotate
+ *     launch number kind name grid block shared stream graph ms bytes flops label
+ *                                      kind: kernel|triton|gemm|cudnn|solver|copy|memset|nccl|graph|host; graph: number of
+ *                                      the capture it is recorded into, or 0; ms: assumed; label: of standin_begin, or -
+ *     work number ms bytes flops       figures of an earlier launch, and the time they add to it
  *     malloc bytes total | free bytes total | oom bytes total
  *     sync call                        the host waited for the device
  *     graph begin|end|free number [nodes ms]
  *     profiler start|stop
  *     violation text                   what a GPU would have refused, or computed wrongly
  *
- * Exported besides CUDA's functions: standin_annotate, which says what the next launch of the calling thread moves and
- * does, and standin_violations, the number of violations so far. */
+ * Exported besides CUDA's functions: standin_begin(label) and standin_end(bytes, flops), between which a program says
+ * what the launches of a thread belong to and what they move and do, and standin_violations, how many so far. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -381,17 +382,42 @@ typedef struct {
 } Work;
 #define ONE ((dim3){1, 1, 1})
 
-static _Thread_local struct {
+/* What a program says of its launches. A frame names those of its thread until it ends, which is when their bytes and
+ * operations are known; they go to the first launch whose work is not known here. Frames nest: where an inner one had
+ * launches of its own, the outer's figures would count them twice and are dropped. */
+#define FRAMES 64
+typedef struct {
   char label[160];
-  double bytes, flops;
-} note;
+  unsigned long first; /* number of the launch that gets the figures, 0 while there is none */
+  Stream *stream;
+  Capture *capture;
+  int inner;
+} Frame;
+static _Thread_local Frame frames[FRAMES];
+static _Thread_local int depth;
+static unsigned long launch_numbers;
 
-/* What the next launch of this thread moves and does. Later ones carry the label alone, until the next call; a launch
- * whose work is known here (products, copies, collectives) keeps its own figures and uses the note up. NULL ends it. */
-API void standin_annotate(const char *label, double bytes, double flops) {
-  snprintf(note.label, sizeof note.label, "%s", label ? label : "");
-  note.bytes = bytes;
-  note.flops = flops;
+API void standin_begin(const char *label) {
+  if (depth++ >= FRAMES) return;
+  Frame *f = &frames[depth - 1];
+  *f = (Frame){.first = 0};
+  snprintf(f->label, sizeof f->label, "%s", label);
+}
+static double time_of(double bytes, double flops) {
+  return 2e-3 + MAX(bytes / (0.85 * card()->bandwidth), flops / (0.65e9 * card()->bf16));
+}
+API void standin_end(double bytes, double flops) {
+  LOCKED;
+  if (depth <= 0 || depth-- > FRAMES) return;
+  Frame *f = &frames[depth];
+  if (depth && (f->first || f->inner)) frames[depth - 1].inner = 1;
+  if (!f->first || f->inner || !(bytes || flops)) return;
+  double ms = time_of(bytes, flops) - time_of(0, 0);
+  if (f->capture)
+    f->capture->ms += ms;
+  else if (f->stream)
+    f->stream->clock += ms;
+  say("work\t%lu\t%.6f\t%.0f\t%.0f", f->first, ms, bytes, flops);
 }
 
 static cudaError_t submit(Work w, Stream *s) {
@@ -403,9 +429,10 @@ static cudaError_t submit(Work w, Stream *s) {
     return fail(cudaErrorStreamCaptureImplicit);
   }
   if (own && !s->capture) complain("%s %s on stream %d, outside the capture of its thread", w.kind, w.name, s->id);
-  if (!w.bytes && !w.flops) w.bytes = note.bytes, w.flops = note.flops;
-  note.bytes = note.flops = 0;
-  if (!w.ms) w.ms = 2e-3 + MAX(w.bytes / (0.85 * card()->bandwidth), w.flops / (0.65e9 * card()->bf16));
+  Frame *f = depth > 0 && depth <= FRAMES ? &frames[depth - 1] : NULL;
+  launch_numbers++;
+  if (f && !f->first && !w.bytes && !w.flops) f->first = launch_numbers, f->stream = s, f->capture = s->capture;
+  if (!w.ms) w.ms = time_of(w.bytes, w.flops);
   if (s->capture) {
     Capture *c = s->capture;
     s->seen[s->slot] = ++c->last[s->slot];
@@ -413,9 +440,9 @@ static cudaError_t submit(Work w, Stream *s) {
     c->ms += w.ms;
   } else
     s->clock += w.ms;
-  say("launch\t%s\t%s\t%u,%u,%u\t%u,%u,%u\t%zu\t%d\t%lu\t%.6f\t%.0f\t%.0f\t%s", w.kind, w.name, w.grid.x, w.grid.y,
-      w.grid.z, w.block.x, w.block.y, w.block.z, w.shared, s->id, s->capture ? s->capture->id : 0, w.ms, w.bytes, w.flops,
-      note.label[0] ? note.label : "-");
+  say("launch\t%lu\t%s\t%s\t%u,%u,%u\t%u,%u,%u\t%zu\t%d\t%lu\t%.6f\t%.0f\t%.0f\t%s", launch_numbers, w.kind, w.name, w.grid.x,
+      w.grid.y, w.grid.z, w.block.x, w.block.y, w.block.z, w.shared, s->id, s->capture ? s->capture->id : 0, w.ms, w.bytes,
+      w.flops, f ? f->label : "-");
   return cudaSuccess;
 }
 
