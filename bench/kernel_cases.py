@@ -99,7 +99,6 @@ def sizes(smoke: bool, device: torch.device, full: Sizes) -> Sizes:
     return SMOKE_GPU if device.type == "cuda" else SMOKE
 
 
-
 def norm_modulate(n: int, t: int, d: int, dtype: torch.dtype, stream: torch.dtype | None = None) -> Case:
     """`stream` is the type of the residual stream, by default `dtype`."""
 
