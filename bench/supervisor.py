@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 
-from bench.schedule import GRACE, left_out, planned, show_plan
+from bench import schedule
 from bench.section import Section
 from bench.worker import LOST, Job, send, work
 
@@ -68,7 +68,7 @@ class Worker:
 
         Where it cannot, the section has what was told before it hung or died, and that as a failure.
         """
-        section, case, until, saved = Section(**job.section), None, job.deadline + GRACE, 0.0
+        section, case, until, saved = Section(**job.section), None, job.deadline + schedule.GRACE, 0.0
         began = time.monotonic() - section.seconds
         with suppress(OSError):  # a dead one: found out below
             send(self.connection, asdict(job))
@@ -78,9 +78,9 @@ class Worker:
                 if self.connection.poll(max(0.0, min(until, end, now + 1.0) - now)):
                     message = json.loads(self.connection.recv_bytes())
                     section, case = Section(**message["section"]), message["case"]
-                    until = message["until"] if case else job.deadline + GRACE
+                    until = message["until"] if case else job.deadline + schedule.GRACE
                     if case and math.isinf(until):
-                        until = job.deadline + GRACE
+                        until = job.deadline + schedule.GRACE
                     if not section.running:
                         return section, True
                     if now > saved + _EVERY:
@@ -123,20 +123,23 @@ def supervise(names: list[str], smoke: bool, seed: int, end: float, save: Save) 
     """
     done: list[Section] = []
     worker: Worker | None = Worker(smoke, seed)
-    _say(show_plan(names, end - time.monotonic()))
+    patience = schedule.PATIENCE if smoke else 1.0
+    _say(schedule.show_plan(names, end - time.monotonic(), patience))
     stuck = ""
     try:
         for i, name in enumerate(names):
             left = end - time.monotonic()
-            seconds = planned(names[i:], left).get(name)
+            seconds = schedule.planned(names[i:], left, patience).get(name)
             section = Section(name, running=True)
             if stuck:
                 section.failures.append(stuck)
             elif seconds is None:
-                section.skipped.append(left_out(name, f"{max(0.0, left):.0f} s"))
+                section.skipped.append(schedule.left_out(name, f"{max(0.0, left):.0f} s"))
             else:
                 _say(f"{name}: up to {seconds:.0f} s ...")
-                job = Job(asdict(section), time.monotonic() + seconds, {s.name: s.details for s in done})
+                limit = patience * schedule.SCHEDULE[name].case
+                details = {s.name: s.details for s in done}
+                job = Job(asdict(section), time.monotonic() + seconds, limit, details)
                 worker = worker or Worker(smoke, seed)
                 try:
                     section, worker = _whole(job, worker, smoke, seed, end, lambda s: save([*done, s]))
@@ -172,9 +175,8 @@ def _whole(
             return section, None
         save(section)
         worker = Worker(smoke, seed)
-        job = Job(asdict(section), job.deadline, job.details)
+        job = replace(job, section=asdict(section))
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
