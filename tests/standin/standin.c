@@ -20,10 +20,12 @@
  *     sync call                        the host waited for the device
  *     graph begin|end|free number [nodes ms]
  *     profiler start|stop
+ *     mark text                        of standin_mark
  *     violation text                   what a GPU would have refused, or computed wrongly
  *
  * Exported besides CUDA's functions: standin_begin(label) and standin_end(bytes, flops), between which a program says
- * what the launches of a thread belong to and what they move and do, and standin_violations, how many so far. */
+ * what the launches of a thread belong to and what they move and do; standin_mark(text), a line of its own in the log;
+ * and standin_violations, how many so far. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -96,6 +98,9 @@ static void say(const char *format, ...) {
   line[n++] = '\n';
   if (write(file, line, (size_t)n) != n) file = -1;
 }
+
+/* A line for whoever reads the log: what follows belongs to `text`. */
+API void standin_mark(const char *text) { say("mark\t%s", text); }
 
 static void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static void complain(const char *format, ...) {
@@ -1999,6 +2004,19 @@ static void plan_tensor(Plan *plan, DnnDescriptor *t) {
   plan->tensor[plan->tensors].uid = id;
   plan->tensor[plan->tensors++].bytes = product(dims->values, (int)dims->count) * (double)dnn_type_size(*(int *)type->values);
 }
+/* All tensors of an operation, those of the operations inside it (an attention's softmax) as well. */
+static void plan_tensors(Plan *plan, DnnDescriptor *operation) {
+  for (int i = 0; i < operation->count; i++) {
+    DnnAttribute *a = &operation->attributes[i];
+    for (int64_t k = 0; a->type == CUDNN_TYPE_BACKEND_DESCRIPTOR && k < a->count; k++) {
+      DnnDescriptor *child = ((DnnDescriptor **)a->values)[k];
+      if (child && child->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR)
+        plan_tensor(plan, child);
+      else if (child)
+        plan_tensors(plan, child);
+    }
+  }
+}
 static const struct {
   int type;
   const char *name;
@@ -2067,13 +2085,7 @@ static Plan *make_plan(DnnDescriptor *descriptor) {
 #endif
       default: break;
     }
-    for (int k = 0; k < o->count; k++) {
-      DnnAttribute *a = &o->attributes[k];
-      for (int64_t j = 0; a->type == CUDNN_TYPE_BACKEND_DESCRIPTOR && j < a->count; j++) {
-        DnnDescriptor *t = ((DnnDescriptor **)a->values)[j];
-        if (t && t->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR) plan_tensor(plan, t);
-      }
-    }
+    plan_tensors(plan, o);
   }
   return plan;
 }
@@ -2200,6 +2212,13 @@ API cusolverStatus_t cusolverDnXsyevd_bufferSize(cusolverDnHandle_t h, cusolverD
 API cusolverStatus_t cusolverDnXsyevd(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info) {
   (void)p, (void)j, (void)u, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
   return solve(h, "syevd", n, n, at, 9 * CUBE(n), info);
+}
+API cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType wt, const void *w, cudaDataType c, size_t *dev, size_t *host, int64_t batch) {
+  return (void)h, (void)p, (void)j, (void)u, (void)n, (void)at, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)batch, SIZES;
+}
+API cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info, int64_t batch) {
+  (void)p, (void)j, (void)u, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
+  return solve(h, "syev_batched", n, n * batch, at, 9 * CUBE(n) * (double)batch, info);
 }
 API cusolverStatus_t cusolverDnXgeqrf_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, int64_t m, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType tt, const void *t, cudaDataType c, size_t *dev, size_t *host) {
   return (void)h, (void)p, (void)m, (void)n, (void)at, (void)a, (void)la, (void)tt, (void)t, (void)c, SIZES;
