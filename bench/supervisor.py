@@ -68,12 +68,16 @@ class Worker:
 
         Where it cannot, the section has what was told before it hung or died, and that as a failure.
         """
-        section, case, until, saved = Section(**job.section), None, job.deadline + schedule.GRACE, 0.0
+        section, case, until = Section(**job.section), None, job.deadline + schedule.GRACE
         began = time.monotonic() - section.seconds
+        saved, news = began, False
         with suppress(OSError):  # a dead one: found out below
             send(self.connection, asdict(job))
         while True:
             now = time.monotonic()
+            if news and now > saved + _EVERY:
+                save(section)
+                saved, news = now, False
             try:
                 if self.connection.poll(max(0.0, min(until, end, now + 1.0) - now)):
                     message = json.loads(self.connection.recv_bytes())
@@ -83,9 +87,7 @@ class Worker:
                         until = job.deadline + schedule.GRACE
                     if not section.running:
                         return section, True
-                    if now > saved + _EVERY:
-                        save(section)
-                        saved = now
+                    news = True
                     continue
             except (EOFError, OSError):
                 self.process.join(5)
