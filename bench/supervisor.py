@@ -21,6 +21,8 @@ from bench.section import Section
 from bench.worker import LOST, Job, send, work
 
 Save = Callable[[list[Section]], None]
+_STARTING = 60.0
+"""Seconds that a process gets to find the GPU."""
 _DYING = 20.0
 """Seconds that a killed process gets to leave the GPU."""
 _EVERY = 2.0
@@ -44,10 +46,10 @@ class Worker:
         self.process = context.Process(target=_begin, args=(self.connection, other, smoke, seed))
         self.process.start()
         other.close()
-        try:
-            device = json.loads(self.connection.recv_bytes())["device"]
-        except (EOFError, OSError):
-            device = "unknown"  # it has died: its first section says so
+        device = "unknown"
+        with suppress(EOFError, OSError):  # it has died, or hangs: its first section says so
+            if self.connection.poll(_STARTING):
+                device = json.loads(self.connection.recv_bytes())["device"]
         if device is None:
             raise NoGpu
 
@@ -81,6 +83,8 @@ class Worker:
             try:
                 if self.connection.poll(max(0.0, min(until, end, now + 1.0) - now)):
                     message = json.loads(self.connection.recv_bytes())
+                    if "section" not in message:  # that it has found the GPU, late
+                        continue
                     section, case = Section(**message["section"]), message["case"]
                     until = message["until"] if case else job.deadline + schedule.GRACE
                     if case and math.isinf(until):
