@@ -21,6 +21,8 @@ from bench.section import Section
 from bench.worker import LOST, Job, send, work
 
 Save = Callable[[list[Section]], None]
+_STARTING = 60.0
+"""Seconds that a process gets to find the GPU."""
 _DYING = 20.0
 """Seconds that a killed process gets to leave the GPU."""
 _EVERY = 2.0
@@ -44,10 +46,10 @@ class Worker:
         self.process = context.Process(target=_begin, args=(self.connection, other, smoke, seed))
         self.process.start()
         other.close()
-        try:
-            device = json.loads(self.connection.recv_bytes())["device"]
-        except (EOFError, OSError):
-            device = "unknown"  # it has died: its first section says so
+        device = "unknown"
+        with suppress(EOFError, OSError):  # it has died, or hangs: its first section says so
+            if self.connection.poll(_STARTING):
+                device = json.loads(self.connection.recv_bytes())["device"]
         if device is None:
             raise NoGpu
 
@@ -68,24 +70,28 @@ class Worker:
 
         Where it cannot, the section has what was told before it hung or died, and that as a failure.
         """
-        section, case, until, saved = Section(**job.section), None, job.deadline + schedule.GRACE, 0.0
+        section, case, until = Section(**job.section), None, job.deadline + schedule.GRACE
         began = time.monotonic() - section.seconds
+        saved, news = began, False
         with suppress(OSError):  # a dead one: found out below
             send(self.connection, asdict(job))
         while True:
             now = time.monotonic()
+            if news and now > saved + _EVERY:
+                save(section)
+                saved, news = now, False
             try:
                 if self.connection.poll(max(0.0, min(until, end, now + 1.0) - now)):
                     message = json.loads(self.connection.recv_bytes())
+                    if "section" not in message:  # that it has found the GPU, late
+                        continue
                     section, case = Section(**message["section"]), message["case"]
                     until = message["until"] if case else job.deadline + schedule.GRACE
                     if case and math.isinf(until):
                         until = job.deadline + schedule.GRACE
                     if not section.running:
                         return section, True
-                    if now > saved + _EVERY:
-                        save(section)
-                        saved = now
+                    news = True
                     continue
             except (EOFError, OSError):
                 self.process.join(5)

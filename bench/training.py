@@ -47,7 +47,7 @@ def switches(context: Context) -> dict[str, dict[str, Any]]:
         return rows
     weights = {**optimizer, "train.weights": "bf16"}
     joint = {**weights, "backend.modulation": "joint"}
-    return rows | {
+    rows |= {
         "... and bf16 weights": weights,
         "... and joint modulations": joint,
         "... and blocks compiled": {**joint, "train.compile": "block"},
@@ -59,6 +59,13 @@ def switches(context: Context) -> dict[str, dict[str, Any]]:
         "joint, elementwise recomputed": {**joint, "train.memory": "recompute-elementwise"},
         "joint, blocks recomputed": {**joint, "train.memory": "recompute-blocks"},
     }
+    return {name: rows[name] for name in SMOKE_ROWS} if context.smoke else rows
+
+
+SMOKE_ROWS = (
+    "kernels, optimizer", "... and a CUDA graph", "joint, MLP by cuBLASLt", "joint, elementwise recomputed",
+)  # fmt: skip
+"""Of a smoke test on a GPU, which compiles in earnest."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = ["machine", "compiled", "correctness", "determinism", "kernels", "csrc", "training", "candidates"]
 LONG = ["step", "variants", "pretraining"]
 ALL = [
-    "machine", "step", "compiled", "correctness", "determinism", "kernels", "csrc", "training", "candidates", "variants",
-    "pretraining",
+    "machine", "step", "compiled", "correctness", "determinism", "kernels", "csrc", "training", "candidates",
+    "variants", "pretraining",
 ]  # fmt: skip
 """In the order of their worth."""
 BROKEN = """
