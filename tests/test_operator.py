@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from conftest import DEVICE
 
+from lsep_kernels import gelu_pool
 from lsep_kernels.operator import launch
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,17 @@ def test_floats_are_constants() -> None:
     for args, meta in (((x, y, 2.0), {}), ((x, y), {"scale": 2.0})):
         with pytest.raises(TypeError, match="_scaled_kernel: scale is the Python float 2.0, .* expected .* tl.constex"):
             launch(_scaled_kernel, (1,), *args, FACTOR=0.5, BLOCK=16, **meta)
+
+
+def test_memory_is_launched_on_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 refuses interpreted kernels in `wrap_triton`."""
+
+    def refuse(kernel: object) -> None:
+        raise RuntimeError("wrap_triton only works on functions annotated with triton.jit or triton.autotune")
+
+    monkeypatch.setattr(torch.library, "wrap_triton", refuse)
+    x = torch.ones(1, 16, 16, device=DEVICE)
+    assert torch.equal(gelu_pool.pool(x, x[:, 0] / 16), x[:, 0])
 
 
 PROGRAM = """
@@ -74,7 +87,7 @@ assert "triton_kernel_wrapper" in graphs[0], graphs
 
 
 def test_only_compilers_get_a_wrapped_kernel(tmp_path: Path) -> None:
-    """Eager operators, Triton's and opaque ones, leave the table of wrapped kernels empty; a compiler sees the kernel."""
+    """Eager operators, Triton's and opaque ones, leave the table of wrapped kernels empty; compilers see the kernel."""
     program = tmp_path / "launches.py"
     program.write_text(PROGRAM)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
