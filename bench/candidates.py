@@ -93,7 +93,7 @@ def _lists(sizes: kernel_cases.Sizes, device: torch.device) -> list[Candidates]:
 
 def candidates(context: Context, section: Section) -> None:
     """The best of a few configurations of each kernel beside its default."""
-    sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
+    sizes = kernel_cases.sizes(context.smoke, context.device, kernel_cases.TIME)
     lists = _lists(sizes, context.device)
     if not section.begun:
         section.notes.append(

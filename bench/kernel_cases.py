@@ -88,6 +88,15 @@ class Sizes:
 CHECK = Sizes()
 TIME = replace(CHECK, batch=256)
 SMOKE = Sizes(batch=2, tokens=4, long=16, width=48, widths=(32,), heads=((2, 24), (1, 16)), classes=10)
+SMOKE_GPU = replace(SMOKE, tokens=256, long=1024, width=144, widths=(64,), heads=((2, 72), (1, 64)))
+"""Attention's kernels take these tokens and heads alone."""
+
+
+def sizes(smoke: bool, device: torch.device, full: Sizes) -> Sizes:
+    """`full`, or those of a smoke test on `device`."""
+    if not smoke:
+        return full
+    return SMOKE_GPU if device.type == "cuda" else SMOKE
 
 
 def norm_modulate(n: int, t: int, d: int, dtype: torch.dtype, stream: torch.dtype | None = None) -> Case:

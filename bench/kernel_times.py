@@ -23,7 +23,7 @@ OURS, EAGER, COMPILED = "triton", "eager", "compiled"
 
 def kernels(context: Context, section: Section) -> None:
     """Time of each operator forward and backward, its share of the floor, and its lead over the best alternative."""
-    sizes = kernel_cases.SMOKE if context.smoke else kernel_cases.TIME
+    sizes = kernel_cases.sizes(context.smoke, context.device, kernel_cases.TIME)
     if not section.begun:
         section.notes += _notes(sizes)
 

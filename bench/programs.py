@@ -54,5 +54,3 @@ def smaller(config: Config) -> Config | None:
     batch, now = config.train.batch_size, config.optim.accumulate
     more = next((n for n in range(2 * now, batch + 1) if batch % n == 0), None)
     return None if more is None else override(config, {"optim.accumulate": more})
-
-

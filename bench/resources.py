@@ -1,10 +1,13 @@
 """What the compiler made of every Triton kernel: registers, spills, shared memory, matrix instructions. No GPU needed.
 
     python -m bench.resources [--arch 90 80] [--json FILE] [--markdown FILE]
+    python -m bench.resources --collected FOLDER [--json FILE] [--markdown FILE]
 
 Every operator is called at the shapes of SiT-XL/2 (and S/2, for heads of 64) with a driver that compiles and does not
-launch, so what is compiled is what a training step launches. The exit code is 1 on a spill, on more shared memory than
-a block may have, and on sm_90 on a kernel of half-precision matrix products without WGMMA (`HGMMA`) or one that waits
+launch, so what is compiled is what a step without torch.compile launches. With `--collected` nothing is compiled: the
+binaries are those that a run left in its cache (TRITON_CACHE_DIR, or below TORCHINDUCTOR_CACHE_DIR), Inductor's own
+kernels among them. The exit code is 1 on a spill, on an instruction in double precision, on more shared memory than a
+block may have, and on sm_90 on a kernel of half-precision matrix products without WGMMA (`HGMMA`) or one that waits
 (`WARPGROUP.DEPBAR`) after every one of them: ptxas serialises them when registers run out. Beside each operator stands
 its floor on an H200, from the bytes it must move at 4.3 TB/s and its matrix products at 790 TFLOP/s (both measured, a
 copy and a bf16 product of 8192^3).
@@ -37,6 +40,8 @@ from lsep_kernels.reference import plain
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 COPY_RATE, MATRIX_RATE = 4.3e12, 790e12
+FP64 = r"\b(?:D(?:ADD|MUL|FMA|MMA|SETP|MNMX)\b|(?:F2F|F2I|I2F|FRND)[.\w]*\.F64\b|MUFU\.\w+64H\b)"
+"""Arithmetic in double precision and conversions from and to it; I2F.S64 is one of int64, to float32."""
 MATRIX_KERNELS = {"attention_forward", "attention_backward_q", "attention_backward_kv", "probe_matmul"}
 B, T, D = 256, 256, 1152
 """SiT-XL/2 at 256 px: the shapes of the floors."""
@@ -70,11 +75,15 @@ class Row:
     hmma: int
     waits: int
     wants_hgmma: bool
+    fp64: int = 0
+    """Instructions in double precision."""
 
     @property
     def problem(self) -> str | None:
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
+        if self.fp64:
+            return f"has {self.fp64} instructions in double precision, expected none"
         if self.shared > SHARED_LIMIT[self.arch]:
             return f"takes {self.shared} bytes of shared memory, at most {SHARED_LIMIT[self.arch]} fit"
         if self.wants_hgmma and (self.hmma or not self.hgmma):
@@ -111,7 +120,7 @@ def compiled(arch: int, run: Callable[[], Any]) -> list[tuple[str, Any]]:
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernel = launch(self, *args, **{**kwargs, "warmup": True})
-        found[id(kernel)] = (self.fn.__name__.strip("_").removesuffix("_kernel"), kernel)
+        found[id(kernel)] = (_plain_name(self.fn.__name__), kernel)
         return kernel
 
     JITFunction.run = compile_only
@@ -123,24 +132,53 @@ def compiled(arch: int, run: Callable[[], Any]) -> list[tuple[str, Any]]:
 
 
 def measure(arch: int, case: Case, name: str, kernel: Any) -> Row:
-    """Read the binary with cuobjdump, which Triton ships."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """The row of a kernel that was compiled here."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
+        return _read(
+            Path(file.name), arch, case.name, name, kernel.metadata.num_warps, kernel.metadata.shared, case.half
         )
+
+
+def collected(folder: Path) -> list[Row]:
+    """The rows of all binaries below a cache of Triton's or Inductor's; a kernel's case is its folder there.
+
+    Raises FileNotFoundError where there is no binary, or one without the description that Triton writes beside it.
+    """
+    rows = []
+    for cubin in sorted(folder.rglob("*.cubin"), key=lambda path: (path.name, path)):
+        about = json.loads(cubin.with_suffix(".json").read_text())
+        products = re.findall(r"tt\.dot\b.*?tensor<\d+x\d+x(\w+)", cubin.with_suffix(".ttir").read_text())
+        half = any(kind in ("f16", "bf16") for kind in products)
+        arch, case = int(about["target"]["arch"]), cubin.parent.name[:12]
+        rows.append(_read(cubin, arch, case, _plain_name(cubin.stem), about["num_warps"], about["shared"], half))
+    if not rows:
+        raise FileNotFoundError(f"{folder} has no file *.cubin, expected a cache of Triton's (TRITON_CACHE_DIR)")
+    return rows
+
+
+def _plain_name(function: str) -> str:
+    return function.strip("_").removesuffix("_kernel")
+
+
+def _read(cubin: Path, arch: int, case: str, name: str, num_warps: int, shared: int, half: bool) -> Row:
+    """What cuobjdump, which Triton ships, says of a binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage, code = (
+        subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+        for flag in ("-res-usage", "-sass")
+    )
     fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     # A stack frame is where spilled registers go; LDL and STL are the instructions that go there.
     spill = int(fields["STACK"]) + int(fields["LOCAL"])
     spill = spill or 4 * len(re.findall(r"\b(?:LDL|STL)\b", code))
-    hgmma, hmma, waits = (len(re.findall(rf"\b{word}\b", code)) for word in ("HGMMA", "HMMA", r"WARPGROUP\.DEPBAR"))
-    wants = arch == 90 and name in MATRIX_KERNELS and case.half
+    hgmma, hmma, waits, fp64 = (
+        len(re.findall(word, code)) for word in (r"\bHGMMA\b", r"\bHMMA\b", r"\bWARPGROUP\.DEPBAR\b", FP64)
+    )
+    wants = arch == 90 and name in MATRIX_KERNELS and half
     return Row(
-        arch, case.name, name, kernel.metadata.num_warps, int(fields["REG"]), spill, kernel.metadata.shared,
-        hgmma, hmma, waits, wants,
+        arch, case, name, num_warps, int(fields["REG"]), spill, shared, hgmma, hmma, waits, wants, fp64
     )  # fmt: skip
 
 
@@ -254,7 +292,7 @@ def table(rows: list[Row]) -> str:
     for case in cases():
         memory, matrix = case.bytes / COPY_RATE * 1e6, case.flops / MATRIX_RATE * 1e6
         floors[case.name] = f"{memory:.0f} us bytes" + (f", {matrix:.0f} us FLOPs" if matrix else "")
-    titles = "operator|kernel|sm|warps|registers|spills, B|shared, KiB|HGMMA|HMMA|waits|floor, forward + backward"
+    titles = "operator|kernel|sm|warps|registers|spills, B|FP64|shared, KiB|HGMMA|HMMA|waits|floor, forward + backward"
     titles = f"| {titles.replace('|', ' | ')} |"
     lines = [titles, re.sub(r"[^|]+", "---", titles)]
     before = None
@@ -262,8 +300,8 @@ def table(rows: list[Row]) -> str:
         first, before = (row.case, row.arch) != before, (row.case, row.arch)
         lines.append(
             f"| {row.case if first else ''} | {row.kernel} | {row.arch} | {row.num_warps} | {row.registers} "
-            f"| {row.spill_bytes} | {row.shared / 1024:.1f} | {row.hgmma} | {row.hmma} | {row.waits} "
-            f"| {floors[row.case] if first else ''} |"
+            f"| {row.spill_bytes} | {row.fp64} | {row.shared / 1024:.1f} | {row.hgmma} | {row.hmma} | {row.waits} "
+            f"| {floors.get(row.case, '') if first else ''} |"
         )
     return "\n".join(lines)
 
@@ -271,12 +309,20 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--collected", type=Path, metavar="FOLDER", help="read the binaries of this cache")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     args = parser.parse_args()
-    with ProcessPoolExecutor() as pool:
-        rows = [row for part in pool.map(measure_all, args.arch) for row in part]
-    heading = f"Triton {triton.__version__}, torch {torch.__version__}: `python -m bench.resources`"
+    if args.collected:
+        try:
+            rows = collected(args.collected)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+    else:
+        with ProcessPoolExecutor() as pool:
+            rows = [row for part in pool.map(measure_all, args.arch) for row in part]
+    option = " --collected FOLDER" if args.collected else ""
+    heading = f"Triton {triton.__version__}, torch {torch.__version__}: `python -m bench.resources{option}`"
     text = f"{heading}\n\n{table(rows)}\n"
     print(text)
     if args.json:

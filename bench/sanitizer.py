@@ -28,9 +28,7 @@ def csrc(context: Context, section: Section) -> None:
         return
     if tool is None or not context.cuda:
         without = f"memcheck needs a GPU, and the device is {context.device.type}"
-        section.skipped.append(
-            "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin" if context.cuda else without
-        )
+        section.skipped.append("compute-sanitizer is neither on PATH nor in CUDA_HOME/bin" if context.cuda else without)
         return
     # Without PyTorch's memory cache every tensor is an allocation of its own, whose ends memcheck knows.
     setting = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -41,8 +41,9 @@ def step(context: Context, section: Section) -> None:
 def variants(context: Context, section: Section) -> None:
     """The other variants, beside those of `step`."""
     before = {n: _restored(n, v) for n, v in context.details.get("step", {}).get("measured", {}).items()}
-    # Tiny, the last five would compile for a minute and test nothing that the others do not.
-    _table(context, section, OTHERS[:5] if context.smoke else OTHERS, before)
+    # Tiny, the others would compile for a minute and test nothing that these do not.
+    few = ("authors", "fp8") if context.cuda else OTHERS[:5]
+    _table(context, section, few if context.smoke else OTHERS, before)
 
 
 def _table(context: Context, section: Section, names: tuple[str, ...], before: dict[str, Measured]) -> None:

@@ -13,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 
-from bench.schedule import GRACE, left_out, planned, show_plan
+from bench import schedule
 from bench.section import Section
 from bench.worker import LOST, Job, send, work
 
 Save = Callable[[list[Section]], None]
+_STARTING = 60.0
+"""Seconds that a process gets to find the GPU."""
 _DYING = 20.0
 """Seconds that a killed process gets to leave the GPU."""
 _EVERY = 2.0
@@ -44,10 +46,10 @@ class Worker:
         self.process = context.Process(target=_begin, args=(self.connection, other, smoke, seed))
         self.process.start()
         other.close()
-        try:
-            device = json.loads(self.connection.recv_bytes())["device"]
-        except (EOFError, OSError):
-            device = "unknown"  # it has died: its first section says so
+        device = "unknown"
+        with suppress(EOFError, OSError):  # it has died, or hangs: its first section says so
+            if self.connection.poll(_STARTING):
+                device = json.loads(self.connection.recv_bytes())["device"]
         if device is None:
             raise NoGpu
 
@@ -68,24 +70,28 @@ class Worker:
 
         Where it cannot, the section has what was told before it hung or died, and that as a failure.
         """
-        section, case, until, saved = Section(**job.section), None, job.deadline + GRACE, 0.0
+        section, case, until = Section(**job.section), None, job.deadline + schedule.GRACE
         began = time.monotonic() - section.seconds
+        saved, news = began, False
         with suppress(OSError):  # a dead one: found out below
             send(self.connection, asdict(job))
         while True:
             now = time.monotonic()
+            if news and now > saved + _EVERY:
+                save(section)
+                saved, news = now, False
             try:
                 if self.connection.poll(max(0.0, min(until, end, now + 1.0) - now)):
                     message = json.loads(self.connection.recv_bytes())
+                    if "section" not in message:  # that it has found the GPU, late
+                        continue
                     section, case = Section(**message["section"]), message["case"]
-                    until = message["until"] if case else job.deadline + GRACE
+                    until = message["until"] if case else job.deadline + schedule.GRACE
                     if case and math.isinf(until):
-                        until = job.deadline + GRACE
+                        until = job.deadline + schedule.GRACE
                     if not section.running:
                         return section, True
-                    if now > saved + _EVERY:
-                        save(section)
-                        saved = now
+                    news = True
                     continue
             except (EOFError, OSError):
                 self.process.join(5)
@@ -123,20 +129,23 @@ def supervise(names: list[str], smoke: bool, seed: int, end: float, save: Save) 
     """
     done: list[Section] = []
     worker: Worker | None = Worker(smoke, seed)
-    _say(show_plan(names, end - time.monotonic()))
+    patience = schedule.PATIENCE if smoke else 1.0
+    _say(schedule.show_plan(names, end - time.monotonic(), patience))
     stuck = ""
     try:
         for i, name in enumerate(names):
             left = end - time.monotonic()
-            seconds = planned(names[i:], left).get(name)
+            seconds = schedule.planned(names[i:], left, patience).get(name)
             section = Section(name, running=True)
             if stuck:
                 section.failures.append(stuck)
             elif seconds is None:
-                section.skipped.append(left_out(name, f"{max(0.0, left):.0f} s"))
+                section.skipped.append(schedule.left_out(name, f"{max(0.0, left):.0f} s"))
             else:
                 _say(f"{name}: up to {seconds:.0f} s ...")
-                job = Job(asdict(section), time.monotonic() + seconds, {s.name: s.details for s in done})
+                limit = patience * schedule.SCHEDULE[name].case
+                details = {s.name: s.details for s in done}
+                job = Job(asdict(section), time.monotonic() + seconds, limit, details)
                 worker = worker or Worker(smoke, seed)
                 try:
                     section, worker = _whole(job, worker, smoke, seed, end, lambda s: save([*done, s]))
@@ -172,9 +181,8 @@ def _whole(
             return section, None
         save(section)
         worker = Worker(smoke, seed)
-        job = Job(asdict(section), job.deadline, job.details)
+        job = replace(job, section=asdict(section))
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def switches(context: Context) -> dict[str, dict[str, Any]]:
         return rows
     weights = {**optimizer, "train.weights": "bf16"}
     joint = {**weights, "backend.modulation": "joint"}
-    return rows | {
+    rows |= {
         "... and bf16 weights": weights,
         "... and joint modulations": joint,
         "... and blocks compiled": {**joint, "train.compile": "block"},
@@ -59,6 +59,13 @@ def switches(context: Context) -> dict[str, dict[str, Any]]:
         "joint, elementwise recomputed": {**joint, "train.memory": "recompute-elementwise"},
         "joint, blocks recomputed": {**joint, "train.memory": "recompute-blocks"},
     }
+    return {name: rows[name] for name in SMOKE_ROWS} if context.smoke else rows
+
+
+SMOKE_ROWS = (
+    "kernels, optimizer", "... and a CUDA graph", "joint, MLP by cuBLASLt", "joint, elementwise recomputed",
+)  # fmt: skip
+"""Of a smoke test on a GPU, which compiles in earnest."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ SMOKE = Plan(
     2, 4, 8, 4, 1,
     {"model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2, "probe.depth": 1, "probe.window_min": 1},
 )  # fmt: skip
+SMOKE_GPU = replace(SMOKE, side=32, model=SMOKE.model | {"model.hidden_size": 128})
+"""Attention's kernel takes 256 tokens and heads of 64."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ def _now(context: Context) -> float:
 
 def training(context: Context, section: Section) -> None:
     """Loss curves inside the spread of two reference seeds, no host sync, and images/s as ratios."""
-    plan = SMOKE if context.smoke else FULL
+    plan = FULL if not context.smoke else SMOKE_GPU if context.cuda else SMOKE
     if not section.begun:
         section.notes += _notes(context, plan)
     with tempfile.TemporaryDirectory() as folder:

@@ -244,9 +244,11 @@ def missing(name: str, config: Config, device: torch.device) -> str | None:
     dtype = torch.bfloat16 if device.type == "cuda" and config.train.precision != "fp32" else torch.float32
     model, wanted = config.model, config.backend
     tokens, head = ((model.input_size or 32) // model.patch_size) ** 2, model.hidden_size // model.num_heads
-    return (wanted.attention != "auto" and ops.missing_attention(wanted.attention, device, dtype, tokens, head)) or (
-        wanted.mlp != "auto" and ops.missing_mlp(wanted.mlp, device, dtype)
-    ) or None
+    return (
+        (wanted.attention != "auto" and ops.missing_attention(wanted.attention, device, dtype, tokens, head))
+        or (wanted.mlp != "auto" and ops.missing_mlp(wanted.mlp, device, dtype))
+        or None
+    )
 
 
 def with_data(config: Config, folder: Path) -> Config:

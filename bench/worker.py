@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from bench.schedule import SCHEDULE
 from bench.section import ROOT, Context, GpuLost, Section
 
 Run = Callable[[Context, Section], None]
@@ -33,6 +32,8 @@ class Job:
     """`asdict` of it."""
     deadline: float
     """Value of `time.monotonic()`, which all processes share, at which no further case begins."""
+    case_limit: float
+    """Seconds after which a case counts as hanging."""
     details: dict[str, dict[str, Any]]
     """Of the sections before."""
 
@@ -82,7 +83,7 @@ def work(connection: Connection, smoke: bool, seed: int) -> None:
         except EOFError:
             return
         section = Section(**job.section)
-        context.deadline, context.details = job.deadline, job.details
+        context.deadline, context.case_limit, context.details = job.deadline, job.case_limit, job.details
         measured = job.details.get("machine", {})
         context.copy_rate = measured.get("copy_rate", math.nan)
         context.matrix_rate = measured.get("matrix_rate", math.nan)
@@ -92,7 +93,7 @@ def work(connection: Connection, smoke: bool, seed: int) -> None:
 def run_one(function: Run, context: Context, section: Section, connection: Connection) -> None:
     """One section, with its time; where it raises an error, with that and what it had so far."""
     start, before = time.monotonic(), section.seconds
-    section.running, context.case_limit = True, SCHEDULE[section.name].case
+    section.running = True
 
     def tell(section: Section, case: str | None, until: float) -> None:
         section.seconds = before + time.monotonic() - start

@@ -32,8 +32,8 @@ TOKENS = 32
 @triton.jit
 def _adaln_forward_kernel(
     x_ptr, gate_ptr, y_ptr, shift_ptr, scale_ptr, sum_ptr, h_ptr, mean_ptr, rstd_ptr, fp8_ptr, fp8_scale_ptr,
-    T, D, gate_stride, shift_stride, scale_stride, eps,
-    GATED: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    T, D, gate_stride, shift_stride, scale_stride,
+    EPS: tl.constexpr, GATED: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -51,7 +51,7 @@ def _adaln_forward_kernel(
         x = rounded.to(tl.float32)  # the backward only sees the stored value: normalise that one
     mean = tl.sum(x, 1) / D
     centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + EPS)
     scale = tl.load(scale_ptr + n * scale_stride + cols, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + n * shift_stride + cols, mask=inside, other=0.0).to(tl.float32)
     h = centred * rstd[:, None] * (1 + scale[None, :]) + shift[None, :]
@@ -125,8 +125,8 @@ def _run_forward(
     launch(
         _adaln_forward_kernel, (triton.cdiv(t, FORWARD["ROWS"]), n),
         x, x if gate is None else gate, x if y is None else y, shift, scale, total, h, mean, rstd,
-        fp8, fp8_scale, t, d, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps,
-        GATED=gate is not None, QUANTIZE=quantize, BLOCK_D=power_of_2(d), **FORWARD,
+        fp8, fp8_scale, t, d, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
+        EPS=eps, GATED=gate is not None, QUANTIZE=quantize, BLOCK_D=power_of_2(d), **FORWARD,
     )  # fmt: skip
     return total, h, mean, rstd, fp8.to(E4M3) if quantize else fp8, fp8_scale
 

@@ -83,8 +83,8 @@ def _accumulate(p, b0, b1, out0, out1, REST: tl.constexpr):
 
 @triton.jit
 def _attention_forward_kernel(
-    qkv_ptr, out_ptr, lse_ptr, T, H, scale,
-    HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
+    qkv_ptr, out_ptr, lse_ptr, T, H,
+    SCALE: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     # One dimension of programs, since the others end at 65,535; the tiles of a head are neighbours and share its keys.
@@ -101,7 +101,7 @@ def _attention_forward_kernel(
     s = _products(q0, q1, k0, k1, REST)
     if not EVEN:
         s = tl.where((keys < T)[None, :], s, float("-inf"))
-    to_log2 = scale * _LOG2E
+    to_log2 = SCALE * _LOG2E
     top = tl.max(s, 1) * to_log2
     p = tl.exp2(s * to_log2 - top[:, None])
     total = tl.sum(p, 1)
@@ -115,8 +115,8 @@ def _attention_forward_kernel(
 
 @triton.jit
 def _attention_backward_q_kernel(
-    qkv_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, scale,
-    HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
+    qkv_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H,
+    SCALE: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
@@ -139,18 +139,18 @@ def _attention_backward_q_kernel(
         keys = start + tl.arange(0, BLOCK_N)
         k0, k1 = _load(qkv_ptr + packed + D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
         v0, v1 = _load(qkv_ptr + packed + 2 * D, keys, 3 * D, T, HEAD, MAIN, REST, EVEN)
-        p = tl.exp2(_products(q0, q1, k0, k1, REST) * (scale * _LOG2E) - lse[:, None])
+        p = tl.exp2(_products(q0, q1, k0, k1, REST) * (SCALE * _LOG2E) - lse[:, None])
         if not EVEN:  # where all scores are far below 0, exp2(0 - lse) past T is infinite, and times a zero of K a NaN
             p = tl.where((keys < T)[None, :], p, 0.0)
         ds = p * (_products(do0, do1, v0, v1, REST) - delta[:, None])
         dq0, dq1 = _accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, REST)
-    _store(dqkv_ptr + packed, rows, 3 * D, T, dq0 * scale, dq1 * scale, HEAD, MAIN, REST)
+    _store(dqkv_ptr + packed, rows, 3 * D, T, dq0 * SCALE, dq1 * SCALE, HEAD, MAIN, REST)
 
 
 @triton.jit
 def _attention_backward_kv_kernel(
-    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, scale,
-    HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
+    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H,
+    SCALE: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
     LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_N)
@@ -173,18 +173,19 @@ def _attention_backward_kv_kernel(
         delta = tl.load(delta_ptr + head * T + rows, mask=rows < T, other=0.0)
         # Transposed scores: p and ds feed the next products from registers. Past T, Q and dO are zero; keys past T may
         # overflow, in rows of their own, which are not stored.
-        p = tl.exp2(_products(k0, k1, q0, q1, REST) * (scale * _LOG2E) - lse[None, :])
+        p = tl.exp2(_products(k0, k1, q0, q1, REST) * (SCALE * _LOG2E) - lse[None, :])
         ds = p * (_products(v0, v1, do0, do1, REST) - delta[None, :])
         dv0, dv1 = _accumulate(p.to(v0.dtype), do0, do1, dv0, dv1, REST)
         dk0, dk1 = _accumulate(ds.to(k0.dtype), q0, q1, dk0, dk1, REST)
-    _store(dqkv_ptr + packed + D, keys, 3 * D, T, dk0 * scale, dk1 * scale, HEAD, MAIN, REST)
+    _store(dqkv_ptr + packed + D, keys, 3 * D, T, dk0 * SCALE, dk1 * SCALE, HEAD, MAIN, REST)
     _store(dqkv_ptr + packed + 2 * D, keys, 3 * D, T, dv0, dv1, HEAD, MAIN, REST)
 
 
-def _tiles(head: int) -> dict[str, int]:
-    """The columns of a head: the largest power of two inside it, and the rest padded to one."""
+def _head(head: int) -> dict[str, float]:
+    """Scale of the scores, and the columns: the largest power of two inside a head, and the rest padded to one."""
     main = 1 << (head.bit_length() - 1)
-    return {"HEAD": head, "MAIN": main, "REST": power_of_2(head - main) if head > main else 0}
+    rest = power_of_2(head - main) if head > main else 0
+    return {"SCALE": 1 / math.sqrt(head), "HEAD": head, "MAIN": main, "REST": rest}
 
 
 @operator("attention")
@@ -195,8 +196,8 @@ def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     lse = torch.empty(b, num_heads, t, dtype=torch.float32, device=qkv.device)
     launch(
         _attention_forward_kernel, (triton.cdiv(t, FORWARD["BLOCK_M"]) * b * num_heads,),
-        qkv, out, lse, t, num_heads, 1 / math.sqrt(head),
-        **_tiles(head), EVEN=t == block and t % FORWARD["BLOCK_M"] == 0, BLOCK_T=block, **FORWARD,
+        qkv, out, lse, t, num_heads,
+        **_head(head), EVEN=t == block and t % FORWARD["BLOCK_M"] == 0, BLOCK_T=block, **FORWARD,
     )  # fmt: skip
     return out, lse
 
@@ -205,18 +206,18 @@ def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
     b, t, d = out.shape
     head = d // num_heads
-    scale, tiles = 1 / math.sqrt(head), _tiles(head)
+    constants = _head(head)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     even = t % max(BACKWARD_Q["BLOCK_M"], BACKWARD_Q["BLOCK_N"]) == 0
     launch(
         _attention_backward_q_kernel, (triton.cdiv(t, BACKWARD_Q["BLOCK_M"]) * b * num_heads,),
-        qkv, out, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **BACKWARD_Q,
+        qkv, out, dout, lse, delta, dqkv, t, num_heads, **constants, EVEN=even, LENGTH=t, **BACKWARD_Q,
     )  # fmt: skip
     even = t % max(BACKWARD_KV["BLOCK_M"], BACKWARD_KV["BLOCK_N"]) == 0
     config = BACKWARD_KV if even else BACKWARD_KV_MASKED
     launch(
         _attention_backward_kv_kernel, (triton.cdiv(t, config["BLOCK_N"]) * b * num_heads,),
-        qkv, dout, lse, delta, dqkv, t, num_heads, scale, **tiles, EVEN=even, LENGTH=t, **config,
+        qkv, dout, lse, delta, dqkv, t, num_heads, **constants, EVEN=even, LENGTH=t, **config,
     )  # fmt: skip
     return dqkv
 

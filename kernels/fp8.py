@@ -17,6 +17,7 @@ atomics: the result is the same bit for bit in every run.
     M rows; K, H, N widths, multiples of 16
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -205,10 +206,27 @@ def _gelu_backward(da: Tensor, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor,
     return a, dz, (fp8.to(E4M3), scale), partial.sum(0)
 
 
+@cache
+def _scales_rows(device: str) -> bool:
+    """Whether torch._scaled_mm takes a scale for each row there: of torch 2.11 on a CPU it takes one a tensor."""
+    if device != "cpu":
+        return True
+    operand, scale = torch.ones(16, 16, dtype=E4M3), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(operand, operand.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
     """`a b^T + bias` in bf16; a `(M, K)` and b `(N, K)` as fp8 with their scales."""
     bias = None if bias is None else bias.to(torch.bfloat16)
-    with torch.autocast(a[0].device.type, enabled=False):  # a CPU computes it as a float32 product, which that rounds
+    device = a[0].device.type
+    with torch.autocast(device, enabled=False):  # a CPU computes it as a float32 product, which that rounds
+        if not _scales_rows(device):
+            wide = (a[0].float() * a[1]) @ (b[0].float() * b[1]).t()
+            return (wide if bias is None else wide + bias).to(torch.bfloat16)
         return torch._scaled_mm(
             a[0], b[0].t(), scale_a=a[1], scale_b=b[1].t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )  # fmt: skip

@@ -71,8 +71,9 @@ def _normal(seed, block, sample, epoch, stream, BLOCK: tl.constexpr):
 
 @triton.jit
 def _interpolate_kernel(
-    rows_ptr, id_ptr, epoch_ptr, t_ptr, x_t_ptr, v_ptr, numel, seed, shift, scale, posterior, noise,
-    MOMENTS: tl.constexpr, PIXELS: tl.constexpr, COSINE: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, id_ptr, epoch_ptr, t_ptr, x_t_ptr, v_ptr, numel, seed, posterior, noise,
+    SHIFT: tl.constexpr, SCALE: tl.constexpr, MOMENTS: tl.constexpr, PIXELS: tl.constexpr, COSINE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +88,7 @@ def _interpolate_kernel(
     if PIXELS:
         x = tl.div_rn(x, 127.5) - 1
     else:
-        x = (x - shift) * scale
+        x = (x - SHIFT) * SCALE
     e = _normal(seed, block, sample, epoch, noise, BLOCK)
     if COSINE:
         half = 1.5707963267948966
@@ -115,8 +116,8 @@ def _op(
     numel = math.prod(shape[1:])
     launch(
         _interpolate_kernel, (triton.cdiv(numel, 4 * CONFIG["BLOCK"]), shape[0]),
-        rows, ids, epoch, t, x_t, v, numel, seed, shift, scale, posterior, noise,
-        MOMENTS=form == "moments", PIXELS=form == "pixels", COSINE=path == "cosine", **CONFIG,
+        rows, ids, epoch, t, x_t, v, numel, seed, posterior, noise,
+        SHIFT=shift, SCALE=scale, MOMENTS=form == "moments", PIXELS=form == "pixels", COSINE=path == "cosine", **CONFIG,
     )  # fmt: skip
     return x_t, v
 

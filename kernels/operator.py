@@ -5,8 +5,10 @@ With TRITON_INTERPRET=1, set before the first import, the same kernels run on th
 reads real memory; there the operator is an opaque `custom_op`, which also keeps one graph.
 """
 
+import inspect
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 # Multiply and add may become one instruction, as always so far; Triton 3.9 warns where nobody says so.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
+import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -26,12 +29,41 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run `kernel` over `grid` on the current device, in a way that `torch.compile` can look into."""
+    """Run `kernel` over `grid` on the current device, in a way that `torch.compile` can look into.
+
+    Raises ValueError for a grid that no GPU takes, TypeError for a Python float that is not a tl.constexpr.
+    """
     if any(size > 65_535 for size in grid[1:]):
         raise ValueError(
             f"a grid of {grid} programs was asked for, a GPU takes 65535 in the second and third dimension"
         )
-    torch.library.wrap_triton(kernel)[grid](*args, **meta)
+    names, constants = _parameters(kernel.fn)
+    for name, value in (*zip(names, args, strict=False), *meta.items()):
+        if isinstance(value, float) and name not in constants:
+            raise TypeError(
+                f"{kernel.fn.__name__}: {name} is the Python float {value}, which torch.compile hands on in double "
+                "precision, expected an argument declared as tl.constexpr"
+            )
+    if _traced(args):
+        torch.library.wrap_triton(kernel)[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The arguments of a kernel, and those of them that are tl.constexpr."""
+    found = inspect.signature(function).parameters
+    return tuple(found), frozenset(name for name, p in found.items() if p.annotation is tl.constexpr)
+
+
+def _traced(args: tuple[Any, ...]) -> bool:
+    """Whether these are tensors of a compiler, which stand for others, and not tensors with memory.
+
+    `wrap_triton` is for the former alone: around a launch it makes an autotuner and two entries in a table that only
+    grows (1.8 ms), and torch 2.11 refuses interpreted kernels there.
+    """
+    return any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in args)
 
 
 def check(name: str, wanted: tuple[int, ...], **tensors: Tensor) -> None:

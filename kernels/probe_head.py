@@ -33,14 +33,16 @@ MATMUL_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 4, "
 
 
 @triton.jit
-def _probe_norm_kernel(x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, D, eps, BLOCK_D: tl.constexpr):
+def _probe_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, h_ptr, mean_ptr, rstd_ptr, D, EPSILON: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
     x = tl.load(x_ptr + row * D + cols, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x, 0) / D
     centred = tl.where(inside, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + EPSILON)
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     h = centred * rstd * weight + bias
@@ -81,8 +83,8 @@ def _probe_matmul_kernel(
 
 @triton.jit
 def _probe_loss_kernel(
-    logits_ptr, label_ptr, sample_weight_ptr, loss_ptr, hit_ptr, dlogits_ptr, smoothing,
-    K: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits_ptr, label_ptr, sample_weight_ptr, loss_ptr, hit_ptr, dlogits_ptr,
+    SMOOTHING: tl.constexpr, K: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Weighted loss of one row, its hit and its gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -108,14 +110,14 @@ def _probe_loss_kernel(
         at_label += tl.where(start + cols == label, x, 0.0)
         first = tl.minimum(first, tl.where(inside & (x == 0), start + cols, 2147483647))
     total = tl.sum(exponentials, 0)
-    loss = tl.log(total) - (1 - smoothing) * tl.sum(at_label, 0) - smoothing * (tl.sum(shifted, 0) / K)
+    loss = tl.log(total) - (1 - SMOOTHING) * tl.sum(at_label, 0) - SMOOTHING * (tl.sum(shifted, 0) / K)
     tl.store(loss_ptr + row, sample_weight * loss)
     tl.store(hit_ptr + row, tl.min(first, 0).to(tl.int64) == label)
     if GRADIENTS:
         for start in range(0, K, BLOCK_K):
             inside = start + cols < K
             x = tl.load(logits_ptr + start + cols, mask=inside, other=0.0) - top
-            target = tl.where(start + cols == label, 1 - smoothing, 0.0) + smoothing / K
+            target = tl.where(start + cols == label, 1 - SMOOTHING, 0.0) + SMOOTHING / K
             dlogits = sample_weight * (tl.exp(x) / total - target)
             tl.store(dlogits_ptr + row * K + start + cols, dlogits, mask=inside)
 
@@ -179,12 +181,15 @@ def _probe_head(
     if unit is not None:
         sample_weight = sample_weight / unit
     block_d, block_k = power_of_2(d), min(power_of_2(k), SOFTMAX_BLOCK)
-    launch(_probe_norm_kernel, (b,), features, norm_weight, norm_bias, h, mean, rstd, d, EPS, BLOCK_D=block_d, **ROW)
+    launch(
+        _probe_norm_kernel, (b,), features, norm_weight, norm_bias, h, mean, rstd, d,
+        EPSILON=EPS, BLOCK_D=block_d, **ROW,
+    )  # fmt: skip
     logits = _product(h, weight.T, h, bias)
     dlogits = torch.empty_like(logits) if gradients else new(0)
     launch(
-        _probe_loss_kernel, (b,), logits, labels, sample_weight, losses, hits, dlogits, label_smoothing,
-        K=k, GRADIENTS=gradients, BLOCK_K=block_k, **ROW,
+        _probe_loss_kernel, (b,), logits, labels, sample_weight, losses, hits, dlogits,
+        SMOOTHING=label_smoothing, K=k, GRADIENTS=gradients, BLOCK_K=block_k, **ROW,
     )  # fmt: skip
     loss = losses.sum() if unit is None else losses.sum() * unit
     if not gradients:

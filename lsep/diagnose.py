@@ -29,8 +29,23 @@ def not_finite(state: State, step: int, batches: list[Batch]) -> str:
     return "; ".join(found[:MOST]) + more
 
 
-@torch.no_grad()
 def _of_batch(state: State, step: int, batch: Batch) -> list[str]:
+    t, causes = judged(state, step, batch)
+    found, seen = [], torch.zeros_like(batch.id, dtype=torch.bool)
+    for cause, values in causes.items():
+        bad = ~torch.isfinite(values) & ~seen
+        seen |= bad
+        for place in bad.nonzero().flatten().tolist():
+            sample = int(batch.id[place])
+            found.append(f"the {cause} of sample {sample} at t = {float(t[place]):.3f} is {float(values[place])}")
+    return found
+
+
+@torch.no_grad()
+def judged(state: State, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Times t `(B,)` and what may not be finite, by its name: of each sample, `(B,)`. The denoising loss is that of
+    `Objective` with all labels kept.
+    """
     config, objective = state.config, state.learning
     epoch = torch.full((), (step + state.offset) // state.steps_per_epoch, dtype=torch.int64, device=state.device)
     at = torch.full((), step, dtype=torch.int64, device=state.device)
@@ -47,16 +62,10 @@ def _of_batch(state: State, step: int, batch: Batch) -> list[str]:
             )
         else:
             patches = objective.model.patches(noised.x_t, noised.t, batch.y)
-        causes["denoising loss"] = objective.ops.velocity_loss(patches, noised.v, objective.model.patch_size)
+        wanted = interpolant.target(config.interpolant, noised)
+        causes["denoising loss"] = objective.ops.velocity_loss(patches, wanted, objective.model.patch_size)
         if config.probe.enabled:
             causes["LSEP loss (its features)"] = features.sum(1)
         if batch.tokens is not None:
             causes["alignment loss (the encoder's tokens)"] = batch.tokens.float().flatten(1).sum(1)
-    found, seen = [], torch.zeros_like(batch.id, dtype=torch.bool)
-    for cause, values in causes.items():
-        bad = ~torch.isfinite(values) & ~seen
-        seen |= bad
-        for place in bad.nonzero().flatten().tolist():
-            sample, t = int(batch.id[place]), float(noised.t[place])
-            found.append(f"the {cause} of sample {sample} at t = {t:.3f} is {float(values[place])}")
-    return found
+    return noised.t, causes

@@ -1,8 +1,9 @@
 """What the stand-in for a GPU (standin/standin.c) wrote down: launches, memory, waits, graphs and violations."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 Shape = tuple[int, int, int]
@@ -72,19 +73,25 @@ class Log:
 
     @classmethod
     def read(cls, path: Path) -> "Log":
-        log = cls()
+        log, places = cls(), dict[tuple[int, int], int]()  # place of a process's launch by its number
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         for index, line in enumerate(lines):
             pid, thread, device, kind, *fields = line.split("\t")
             where = (index, int(pid), int(thread), int(device))
             if kind == "launch":
-                log.launches.append(_launch(where, fields))
+                places[int(pid), int(fields[0])] = len(log.launches)
+                log.launches.append(_launch(where, fields[1:]))
+            elif kind == "work":
+                place = places[int(pid), int(fields[0])]
+                ms, moved, flops = map(float, fields[1:])
+                old = log.launches[place]
+                log.launches[place] = replace(old, ms=old.ms + ms, bytes=moved, flops=flops)
             else:
                 log.events.append(Event(*where, kind, tuple(fields)))
         return log
 
     def of(self, kind: str) -> list[Event]:
-        """Events of a kind: sync, malloc, free, oom, graph, profiler or violation."""
+        """Events of a kind: sync, malloc, free, oom, graph, profiler, mark or violation."""
         return [e for e in self.events if e.kind == kind]
 
     @property
@@ -100,6 +107,17 @@ class Log:
     def pids(self) -> list[int]:
         """Processes, in the order of their first launch."""
         return list(dict.fromkeys(x.pid for x in self.launches))
+
+    def part(self, mark: str) -> "Log":
+        """What a process did from its mark of this name (`standin_mark`) to its next one, or to the end."""
+        marks = self.of("mark")
+        begin = next(e for e in marks if e.text == mark)
+        end = next((e.index for e in marks if e.pid == begin.pid and e.index > begin.index), math.inf)
+
+        def inside(x: Launch | Event) -> bool:
+            return x.pid == begin.pid and begin.index < x.index < end
+
+        return Log(list(filter(inside, self.launches)), list(filter(inside, self.events)))
 
     def peak(self, pid: int | None = None) -> int:
         """Most bytes that a process had allocated on one device at a time."""
@@ -131,12 +149,14 @@ class Log:
 
     def waits_between_replays(self, pid: int | None = None) -> list[Event]:
         """Waits of the thread that launches graphs, from its first launch of one to its last."""
-        replays = self.replays(pid)
-        waits = []
-        for process, thread in dict.fromkeys((x.pid, x.thread) for x in replays):
-            own = [x.index for x in replays if (x.pid, x.thread) == (process, thread)]
-            waits += [e for e in self.syncs if (e.pid, e.thread) == (process, thread) and own[0] < e.index < own[-1]]
-        return waits
+        return self.waits_between(self.replays(pid))
+
+    def waits_between(self, launches: Iterable[Launch]) -> list[Event]:
+        """Waits from the first of these launches to the last, of the threads that made them."""
+        own: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for x in launches:
+            own[x.pid, x.thread].append(x.index)
+        return [e for e in self.syncs if (at := own.get((e.pid, e.thread))) and at[0] < e.index < at[-1]]
 
     def budget(self, launches: Iterable[Launch] | None = None) -> list[Row]:
         """Launches (all, when none are given) added up by name, the longest first."""

@@ -11,8 +11,13 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = ["machine", "correctness", "determinism", "kernels", "csrc", "training", "candidates"]
-ON_REQUEST = ["step", "pretraining"]
+SECTIONS = ["machine", "compiled", "correctness", "determinism", "kernels", "csrc", "training", "candidates"]
+LONG = ["step", "variants", "pretraining"]
+ALL = [
+    "machine", "step", "compiled", "correctness", "determinism", "kernels", "csrc", "training", "candidates",
+    "variants", "pretraining",
+]  # fmt: skip
+"""In the order of their worth."""
 BROKEN = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
@@ -40,15 +45,20 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_section_runs_and_is_reported(tmp_path: Path) -> None:
     files = tmp_path / "out" / "gpu.json", tmp_path / "out" / "gpu.md"
-    done = run("-m", "bench.gpu", "--smoke", "--seed", "7", "--json", str(files[0]), "--markdown", str(files[1]))
+    command = ["-m", "bench.gpu", "--smoke", "--seed", "7", "--json", str(files[0]), "--markdown", str(files[1])]
+    done = run(*command, "--only", *SECTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [s["name"] for s in found["sections"]] == SECTIONS
     assert not found["failed"]
     text = files[1].read_text()
     assert [line.split()[1].rstrip(":") for line in text.splitlines() if line.startswith("## ")] == SECTIONS
-    for wanted in ("| commit |", "| command | python -m bench.gpu --smoke", "| torch |", "| seed | 7 |"):
+    for wanted in (
+        "| commit |", "| command | python -m bench.gpu --smoke", "| torch |", "| seed | 7 |",
+        "| auto, kernels | reference |", "| auto, optimizer | torch |", "| auto, graphs | no |",
+    ):  # fmt: skip
         assert wanted in text
+    assert found["finished"] == SECTIONS and "plan (no limit on the whole" in done.stderr
     sections = {s["name"]: s for s in found["sections"]}
     assert "memcheck needs a GPU" in sections["csrc"]["skipped"][0]
     for name in ("correctness", "determinism"):
@@ -62,15 +72,44 @@ def test_every_section_runs_and_is_reported(tmp_path: Path) -> None:
     assert all(row["tried"] >= 1 for row in sections["candidates"]["rows"])
 
 
-def test_the_long_sections_run_on_request(tmp_path: Path) -> None:
+def test_the_long_sections_run(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    done = run("-m", "bench.gpu", "--smoke", "--seed", "7", "--only", *ON_REQUEST, "--json", str(file))
+    done = run("-m", "bench.gpu", "--smoke", "--seed", "7", "--only", *LONG, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
-    _, step, pretraining = json.loads(file.read_text())["sections"]
-    assert [row["variant"] for row in step["rows"]][:2] == ["plain", "authors"]
-    assert "fp8" in step["skipped"][0]
+    _, step, variants, pretraining = json.loads(file.read_text())["sections"]
+    assert [row["variant"] for row in step["rows"]] == ["plain", "shared-0.8"]
+    assert [text.partition(":")[0] for text in step["skipped"]] == [
+        "shared-0.8+backend.attention=cudnn", "shared-0.8+backend.mlp=cublaslt",
+    ]  # fmt: skip
+    assert step["begun"][:2] == ["plain", "shared-0.8"]
+    assert [row["variant"] for row in variants["rows"]][:2] == ["authors", "paper"]
+    assert "fp8" in variants["skipped"][0]
+    rows = {row["variant"]: row for row in step["rows"] + variants["rows"]}
+    ms = {name: row["ms"] for name, row in rows.items()}
+    # Measured in two sections, and one round each: ratios of the medians.
+    assert rows["paper"]["time / plain"] == pytest.approx(ms["paper"] / ms["plain"])
+    assert rows["paper"]["time / authors"] == pytest.approx(ms["paper"] / ms["authors"])
+    beside = next(text for text in variants["notes"] if text.startswith("shared-0.8: time / authors"))
+    assert float(beside.split()[4].rstrip(",")) == pytest.approx(ms["shared-0.8"] / ms["authors"], rel=5e-3)
+    for row in rows.values():
+        assert (row["kernels"], row["optimizer"], row["compile"], row["micro-batches"]) == (
+            "reference",
+            "torch",
+            "off",
+            1,
+        )
     checked = {row["figure"]: row for row in pretraining["rows"]}
     assert checked["skipped steps"]["found"] == 0 and checked["images/s"]["found"] > 0
+
+
+def test_all_sections_run_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import gpu, schedule, worker
+
+    seen = []
+    monkeypatch.setattr(gpu, "supervise", lambda names, *_: seen.append(names) or [])
+    assert gpu.main(["--smoke"]) == 0
+    assert seen == [ALL] and list(schedule.SCHEDULE) == ALL == list(worker.sections())
 
 
 def test_a_wrong_kernel_fails(tmp_path: Path) -> None:
@@ -97,6 +136,6 @@ def test_unknown_sections_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
     from bench.gpu import main
 
     assert main(["--smoke", "--only", "nothing"]) == 2
-    assert (
-        capsys.readouterr().err == f"--only nothing is unknown, expected some of {', '.join(SECTIONS + ON_REQUEST)}\n"
-    )
+    assert capsys.readouterr().err == f"--only nothing is unknown, expected some of {', '.join(ALL)}\n"
+    assert main(["--smoke", "--minutes", "0"]) == 2
+    assert capsys.readouterr().err == "--minutes is 0, expected more than 0\n"

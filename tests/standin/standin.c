@@ -12,17 +12,20 @@
  *                                      device memory are recorded only, so that large models need little host memory
  *   STANDIN_LOG=FILE                   a line an event, fields separated by tabs, each line begun with process, thread
  *                                      and device:
- *     launch kind name grid block shared stream graph ms bytes flops label
- *                                      kind: kernel|triton|gemm|cudnn|solver|copy|memset|nccl|graph; graph: number of the
- *                                      capture it is recorded into, or 0; ms: assumed; label: of standin_annotate
+ *     launch number kind name grid block shared stream graph ms bytes flops label
+ *                                      kind: kernel|triton|gemm|cudnn|solver|copy|memset|nccl|graph|host; graph: number of
+ *                                      the capture it is recorded into, or 0; ms: assumed; label: of standin_begin, or -
+ *     work number ms bytes flops       figures of an earlier launch, and the time they add to it
  *     malloc bytes total | free bytes total | oom bytes total
  *     sync call                        the host waited for the device
  *     graph begin|end|free number [nodes ms]
  *     profiler start|stop
+ *     mark text                        of standin_mark
  *     violation text                   what a GPU would have refused, or computed wrongly
  *
- * Exported besides CUDA's functions: standin_annotate, which says what the next launch of the calling thread moves and
- * does, and standin_violations, the number of violations so far. */
+ * Exported besides CUDA's functions: standin_begin(label) and standin_end(bytes, flops), between which a program says
+ * what the launches of a thread belong to and what they move and do; standin_mark(text), a line of its own in the log;
+ * and standin_violations, how many so far. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -95,6 +98,9 @@ static void say(const char *format, ...) {
   line[n++] = '\n';
   if (write(file, line, (size_t)n) != n) file = -1;
 }
+
+/* A line for whoever reads the log: what follows belongs to `text`. */
+API void standin_mark(const char *text) { say("mark\t%s", text); }
 
 static void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static void complain(const char *format, ...) {
@@ -381,17 +387,42 @@ typedef struct {
 } Work;
 #define ONE ((dim3){1, 1, 1})
 
-static _Thread_local struct {
+/* What a program says of its launches. A frame names those of its thread until it ends, which is when their bytes and
+ * operations are known; they go to the first launch whose work is not known here. Frames nest: where an inner one had
+ * launches of its own, the outer's figures would count them twice and are dropped. */
+#define FRAMES 64
+typedef struct {
   char label[160];
-  double bytes, flops;
-} note;
+  unsigned long first; /* number of the launch that gets the figures, 0 while there is none */
+  Stream *stream;
+  Capture *capture;
+  int inner;
+} Frame;
+static _Thread_local Frame frames[FRAMES];
+static _Thread_local int depth;
+static unsigned long launch_numbers;
 
-/* What the next launch of this thread moves and does. Later ones carry the label alone, until the next call; a launch
- * whose work is known here (products, copies, collectives) keeps its own figures and uses the note up. NULL ends it. */
-API void standin_annotate(const char *label, double bytes, double flops) {
-  snprintf(note.label, sizeof note.label, "%s", label ? label : "");
-  note.bytes = bytes;
-  note.flops = flops;
+API void standin_begin(const char *label) {
+  if (depth++ >= FRAMES) return;
+  Frame *f = &frames[depth - 1];
+  *f = (Frame){.first = 0};
+  snprintf(f->label, sizeof f->label, "%s", label);
+}
+static double time_of(double bytes, double flops) {
+  return 2e-3 + MAX(bytes / (0.85 * card()->bandwidth), flops / (0.65e9 * card()->bf16));
+}
+API void standin_end(double bytes, double flops) {
+  LOCKED;
+  if (depth <= 0 || depth-- > FRAMES) return;
+  Frame *f = &frames[depth];
+  if (depth && (f->first || f->inner)) frames[depth - 1].inner = 1;
+  if (!f->first || f->inner || !(bytes || flops)) return;
+  double ms = time_of(bytes, flops) - time_of(0, 0);
+  if (f->capture)
+    f->capture->ms += ms;
+  else if (f->stream)
+    f->stream->clock += ms;
+  say("work\t%lu\t%.6f\t%.0f\t%.0f", f->first, ms, bytes, flops);
 }
 
 static cudaError_t submit(Work w, Stream *s) {
@@ -403,9 +434,10 @@ static cudaError_t submit(Work w, Stream *s) {
     return fail(cudaErrorStreamCaptureImplicit);
   }
   if (own && !s->capture) complain("%s %s on stream %d, outside the capture of its thread", w.kind, w.name, s->id);
-  if (!w.bytes && !w.flops) w.bytes = note.bytes, w.flops = note.flops;
-  note.bytes = note.flops = 0;
-  if (!w.ms) w.ms = 2e-3 + MAX(w.bytes / (0.85 * card()->bandwidth), w.flops / (0.65e9 * card()->bf16));
+  Frame *f = depth > 0 && depth <= FRAMES ? &frames[depth - 1] : NULL;
+  launch_numbers++;
+  if (f && !f->first && !w.bytes && !w.flops) f->first = launch_numbers, f->stream = s, f->capture = s->capture;
+  if (!w.ms) w.ms = time_of(w.bytes, w.flops);
   if (s->capture) {
     Capture *c = s->capture;
     s->seen[s->slot] = ++c->last[s->slot];
@@ -413,9 +445,9 @@ static cudaError_t submit(Work w, Stream *s) {
     c->ms += w.ms;
   } else
     s->clock += w.ms;
-  say("launch\t%s\t%s\t%u,%u,%u\t%u,%u,%u\t%zu\t%d\t%lu\t%.6f\t%.0f\t%.0f\t%s", w.kind, w.name, w.grid.x, w.grid.y,
-      w.grid.z, w.block.x, w.block.y, w.block.z, w.shared, s->id, s->capture ? s->capture->id : 0, w.ms, w.bytes, w.flops,
-      note.label[0] ? note.label : "-");
+  say("launch\t%lu\t%s\t%s\t%u,%u,%u\t%u,%u,%u\t%zu\t%d\t%lu\t%.6f\t%.0f\t%.0f\t%s", launch_numbers, w.kind, w.name, w.grid.x,
+      w.grid.y, w.grid.z, w.block.x, w.block.y, w.block.z, w.shared, s->id, s->capture ? s->capture->id : 0, w.ms, w.bytes,
+      w.flops, f ? f->label : "-");
   return cudaSuccess;
 }
 
@@ -1972,6 +2004,19 @@ static void plan_tensor(Plan *plan, DnnDescriptor *t) {
   plan->tensor[plan->tensors].uid = id;
   plan->tensor[plan->tensors++].bytes = product(dims->values, (int)dims->count) * (double)dnn_type_size(*(int *)type->values);
 }
+/* All tensors of an operation, those of the operations inside it (an attention's softmax) as well. */
+static void plan_tensors(Plan *plan, DnnDescriptor *operation) {
+  for (int i = 0; i < operation->count; i++) {
+    DnnAttribute *a = &operation->attributes[i];
+    for (int64_t k = 0; a->type == CUDNN_TYPE_BACKEND_DESCRIPTOR && k < a->count; k++) {
+      DnnDescriptor *child = ((DnnDescriptor **)a->values)[k];
+      if (child && child->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR)
+        plan_tensor(plan, child);
+      else if (child)
+        plan_tensors(plan, child);
+    }
+  }
+}
 static const struct {
   int type;
   const char *name;
@@ -2040,13 +2085,7 @@ static Plan *make_plan(DnnDescriptor *descriptor) {
 #endif
       default: break;
     }
-    for (int k = 0; k < o->count; k++) {
-      DnnAttribute *a = &o->attributes[k];
-      for (int64_t j = 0; a->type == CUDNN_TYPE_BACKEND_DESCRIPTOR && j < a->count; j++) {
-        DnnDescriptor *t = ((DnnDescriptor **)a->values)[j];
-        if (t && t->type == CUDNN_BACKEND_TENSOR_DESCRIPTOR) plan_tensor(plan, t);
-      }
-    }
+    plan_tensors(plan, o);
   }
   return plan;
 }
@@ -2173,6 +2212,13 @@ API cusolverStatus_t cusolverDnXsyevd_bufferSize(cusolverDnHandle_t h, cusolverD
 API cusolverStatus_t cusolverDnXsyevd(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info) {
   (void)p, (void)j, (void)u, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
   return solve(h, "syevd", n, n, at, 9 * CUBE(n), info);
+}
+API cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType wt, const void *w, cudaDataType c, size_t *dev, size_t *host, int64_t batch) {
+  return (void)h, (void)p, (void)j, (void)u, (void)n, (void)at, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)batch, SIZES;
+}
+API cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info, int64_t batch) {
+  (void)p, (void)j, (void)u, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
+  return solve(h, "syev_batched", n, n * batch, at, 9 * CUBE(n) * (double)batch, info);
 }
 API cusolverStatus_t cusolverDnXgeqrf_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, int64_t m, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType tt, const void *t, cudaDataType c, size_t *dev, size_t *host) {
   return (void)h, (void)p, (void)m, (void)n, (void)at, (void)a, (void)la, (void)tt, (void)t, (void)c, SIZES;

@@ -1,0 +1,1 @@
+"""What a training step costs: FLOPs, bytes, floors, rates and memory. Everything here is computed, nothing measured."""
