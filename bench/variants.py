@@ -18,7 +18,7 @@ import torch._dynamo
 from torch import Tensor
 
 from bench.section import sentence
-from lsep import flops
+from lsep.cost import flops
 from lsep.config import Config, override
 from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
