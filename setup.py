@@ -87,7 +87,7 @@ class Build(build_ext):
 
 
 setup(
-    packages=["lsep", "lsep.data", "lsep.evaluate", "lsep.separability", "lsep.weights", "lsep_kernels"],
+    packages=["lsep", "lsep.cost", "lsep.data", "lsep.evaluate", "lsep.separability", "lsep.weights", "lsep_kernels"],
     package_dir={"lsep": "lsep", "lsep_kernels": "kernels"},
     # Plain shared libraries, loaded with ctypes; without a compiler the build goes on and Python does their work.
     ext_modules=[

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from bench.schedule import SCHEDULE, process_started
+from bench.schedule import RESERVE, SCHEDULE, process_started
 from bench.section import Section, plain, show, write_whole
 from bench.supervisor import NoGpu, supervise
 
@@ -34,8 +34,10 @@ def report(done: list[Section]) -> str:
     """Everything in Markdown, the machine on top."""
     failed = [f"{s.name} ({len(s.failures)})" for s in done if s.failures]
     verdict = f"FAILED: {', '.join(failed)}" if failed else "All checks passed"
+    out = [s.name for s in done if s.skipped and not s.begun and not s.rows]
+    verdict += f"; not run: {', '.join(out)}" if out else ""
     if running := [s.name for s in done if s.running]:
-        verdict = f"Not finished, {running[0]} was running" + (f"; {verdict}" if failed else "")
+        verdict = f"Not finished, {running[0]} was running" + (f"; {verdict}" if failed or out else "")
     total = sum(s.seconds for s in done)
     return f"# bench.gpu\n\n{verdict}; {total:.0f} s.\n\n" + "\n".join(show(s) for s in done)
 
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(problem, file=sys.stderr)
         return 2
     names = [name for name in SCHEDULE if not args.only or name in args.only or name == "machine"]
-    end = math.inf if args.minutes is None else process_started() + 60 * args.minutes
+    end = math.inf if args.minutes is None else process_started() + 60 * args.minutes - RESERVE
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
 
     def save(done: list[Section]) -> None:

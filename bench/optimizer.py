@@ -11,6 +11,7 @@ from bench.kernel_cases import Draw
 from bench.programs import unbuilt
 from bench.section import Context, Section
 from bench.timing import Timing, measure
+from lsep.cost.operations import optimizer_bytes
 from lsep_kernels import reference
 from lsep_kernels.adamw_ema import AdamwEma, why_missing
 
@@ -209,7 +210,7 @@ def row(context: Context, section: Section) -> dict[str, Any]:
     if "csrc" not in found:
         missing(context, section)
         return {"operator": "adamw_ema", "phase": "step", "eager us": theirs * 1e6}
-    ours, floor = found["csrc"], 40 * count / context.copy_rate
+    ours, floor = found["csrc"], context.floor(optimizer_bytes(count), 0)
     share, speedup = floor / ours.median, theirs / ours.median
     met = share >= COPY_SHARE and speedup >= SPEEDUP
     return {

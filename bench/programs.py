@@ -1,6 +1,10 @@
-"""Which program a timed configuration is: what `auto` chose, and what is not built here; and what does not fit."""
+"""Which program a timed configuration is: what `auto` chose, what is not built, what does not fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from lsep import backends
 from lsep.config import Config, override
@@ -54,3 +58,14 @@ def smaller(config: Config) -> Config | None:
     batch, now = config.train.batch_size, config.optim.accumulate
     more = next((n for n in range(2 * now, batch + 1) if batch % n == 0), None)
     return None if more is None else override(config, {"optim.accumulate": more})
+
+
+@contextmanager
+def only_own_weights() -> Iterator[None]:
+    """Linear layers are not filled when they are made: `setup` fills them anyway, and this takes 18 s for SiT-XL/2."""
+    before = nn.Linear.reset_parameters
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = before  # type: ignore[method-assign]

@@ -4,7 +4,7 @@
                                   [--ASSUMPTION VALUE ...] [--check] [--json FILE] [--markdown FILE]
 
 Every figure of a GPU, a network or a disk is an assumption until it is measured: each is a flag (`--help`) and is
-printed with the table. What is not assumed: FLOPs (`lsep.flops`), parameters, bytes, and the loader's rate, measured on
+printed with the table. What is not assumed: FLOPs (`lsep.cost.flops`), parameters, bytes, and the loader's rate, measured on
 a CPU. A step is
 
     compute + launches + optimizer + exposed communication, or the loader where that is slower, + checkpoint
@@ -31,7 +31,7 @@ import torch
 from bench.section import ROOT, Section, show
 from bench.step import facts, finish
 from bench.variants import configuration
-from lsep import flops
+from lsep.cost import flops
 from lsep.config import Config, override
 from lsep.errors import UserError
 from lsep.model import SiT
@@ -207,7 +207,7 @@ def step(
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": inside}[mode]
     hidden, exchange = MODES[mode](cluster, work, gpus) if gpus > 1 else (0.0, 0.0)
     compute = work.forward + work.backward
-    optimizer = 40 * parameters / shards / cluster.copy_rate  # bytes of lsep/floors.py
+    optimizer = 40 * parameters / shards / cluster.copy_rate  # bytes of lsep/cost/floors.py
     busy = compute + cluster.launch + optimizer + hidden
     loader = max(0.0, images / gpus * inside / (cluster.loader or _loader_rate()) - busy)
     # Weights, EMA and two moments in float32; staged by those who hold them, written while training goes on.

@@ -21,7 +21,7 @@ class Limits:
 
 
 SCHEDULE = {
-    "machine": Limits(0, 30, 60),
+    "machine": Limits(5, 30, 60),
     "step": Limits(60, 400, 180),
     "compiled": Limits(30, 120, 60),
     "correctness": Limits(20, 150, 60),
@@ -39,7 +39,7 @@ PATIENCE = 10.0
 GRACE = 30.0
 """Seconds beyond its limit that a section may spend outside of its cases: imports, data, tables."""
 RESERVE = 5.0
-"""Seconds kept for the report."""
+"""Seconds kept of the minutes for ending the process that computes and writing the report."""
 
 
 def planned(names: Iterable[str], seconds: float, patience: float = 1.0) -> dict[str, float]:
@@ -47,7 +47,7 @@ def planned(names: Iterable[str], seconds: float, patience: float = 1.0) -> dict
 
     What is left after the last that fits in whole goes to the next, unless that is too little to begin it.
     """
-    found, left = {}, seconds - RESERVE
+    found, left = {}, seconds
     for name in names:
         limits = SCHEDULE[name]
         if left >= limits.least:

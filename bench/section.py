@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lsep.cost.operations import Rates, floor
+
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
@@ -47,7 +49,7 @@ class Context:
 
     def floor(self, size: float, flops: float) -> float:
         """Seconds that moving `size` bytes or computing `flops` takes at the measured rates, whichever is longer."""
-        return max(size / self.copy_rate, flops / self.matrix_rate)
+        return floor(size, flops, Rates(self.matrix_rate, self.copy_rate))
 
     def synchronize(self) -> None:
         """Wait for the GPU; raises GpuLost where it failed and this process can use it no more."""

@@ -37,10 +37,11 @@ import torch._dynamo
 
 from bench.section import Context, Section, plain, show, write_whole
 from bench.timing import measure as time_calls
-from bench.variants import VARIANTS, Measured, configuration, interleaves, measure, missing, variant, with_data
-from lsep import flops
+from bench.variants import ROOMS, VARIANTS, Measured, configuration, interleaves, measure, missing, variant, with_data
 from lsep.checks import check
 from lsep.config import Config, override
+from lsep.cost import flops
+from lsep.cost.operations import INPUTS, PROBE, Operation, Rates, step_operations
 from lsep.errors import UserError
 from lsep.plan import branch_plan
 from lsep.step import pick_device
@@ -108,28 +109,16 @@ def row(name: str, found: dict[str, Measured], matrix_rate: float, device_peak: 
 
 
 def floors(found: Measured, copy_rate: float, matrix_rate: float) -> list[dict[str, Any]]:
-    """What a step has to compute and move, its time at the measured rates, and what was measured, all in ms.
-
-    Bytes are docs/kernels.md's: forward and backward of adaLN 20 an element of the stream in bf16, attention 24, GELU
-    by itself 10 of the hidden layer (none where it is fused); the optimizer 40 a parameter.
-    """
-    config, parts = found.config, flops.step_parts(found.config, found.probe_classes)
-    model, size = config.model, 2 if config.train.precision == "bf16" else 4
-    second = branch_plan(config).extra
-    # Samples through blocks, all together; a sample has grid^2 tokens.
-    passes = config.train.batch_size * model.depth + second * config.probe.depth
-    elements = passes * config.grid**2 * model.hidden_size
-    attention = sum(f.training for name, f in parts.items() if name.endswith("attention"))
-    head = sum(f.training for name, f in parts.items() if name in ("pooling", "probe head"))
-    products = flops.total(parts).training - attention - head
-    needs = {
-        "matrix products": (0.0, products), "attention": (12 * size * elements, attention),
-        "adaLN": (10 * size * elements, 0), "GELU": (5 * size * elements * model.mlp_ratio, 0),
-        "probe and loss": (0.0, head), "optimizer": (40.0 * found.parameters, 0), "other": (0.0, 0),
-    }  # fmt: skip
+    """What a step has to compute and move, its time at the measured rates, and what was measured, all in ms; see
+    `lsep.cost.operations`. Bytes are those beside the matrix products' own."""
+    config, rates = found.config, Rates(matrix_rate, copy_rate)
+    rooms: dict[str, list[Operation]] = {room: [] for room in (*ROOMS, "other")}
+    for operation in step_operations(config, found.probe_classes, found.parameters):
+        rooms["probe and loss" if operation.kind in (PROBE, INPUTS) else operation.kind].append(operation)
     out = []
-    for room, (moved, computed) in needs.items():
-        floor = max(moved / copy_rate, computed / matrix_rate)
+    for room, needs in rooms.items():
+        computed, moved = sum(o.flops for o in needs), sum(o.bytes for o in needs if o.shape is None)
+        floor = sum(o.floor(rates) for o in needs)
         measured = found.rooms.get(room, 0.0)
         ratio = measured / floor if floor else None
         out.append({

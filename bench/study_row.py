@@ -15,7 +15,7 @@ from lsep.config import Config, override
 from lsep.data.loader import open_source
 from lsep.data.manifest import Manifest
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
-from lsep.flops import step_parts, total
+from lsep.cost.flops import step_parts, total
 from lsep.presets import PRESETS
 from lsep.separability.measure import Settings, Subject, measure
 from lsep.step import pick_device

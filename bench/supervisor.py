@@ -72,7 +72,7 @@ class Worker:
         """
         section, case, until = Section(**job.section), None, job.deadline + schedule.GRACE
         began = time.monotonic() - section.seconds
-        saved, news = began, False
+        saved, news, since = began, False, began
         with suppress(OSError):  # a dead one: found out below
             send(self.connection, asdict(job))
         while True:
@@ -85,7 +85,7 @@ class Worker:
                     message = json.loads(self.connection.recv_bytes())
                     if "section" not in message:  # that it has found the GPU, late
                         continue
-                    section, case = Section(**message["section"]), message["case"]
+                    section, case, since = Section(**message["section"]), message["case"], now
                     until = message["until"] if case else job.deadline + schedule.GRACE
                     if case and math.isinf(until):
                         until = job.deadline + schedule.GRACE
@@ -103,7 +103,7 @@ class Worker:
                 section.skipped.append(f"{case or 'the rest'}: cut off, the minutes are over")
                 break
             if now >= until:
-                section.failures.append(f"{case or 'it'}: hung, so its process was ended after {section.seconds:.0f} s")
+                section.failures.append(f"{case or 'it'}: not done after {now - since:.0f} s, so its process was ended")
                 break
         return section, False
 

@@ -5,8 +5,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch._dynamo
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.programs import another_program, out_of_memory, program, smaller
+from bench.programs import another_program, only_own_weights, out_of_memory, program, smaller
 from bench.section import sentence
-from lsep import flops
+from lsep.cost import flops
 from lsep.config import Config, override
 from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
@@ -101,7 +100,7 @@ class Runner:
 
     def __init__(self, config: Config, two_passes: bool = False) -> None:
         self.others = allocated()
-        with _only_own_weights():
+        with only_own_weights():
             self.state = setup(config)
         if two_passes:
             model = self.state.learning.model  # of the module that runs, maybe a copy of `objective`
@@ -145,17 +144,6 @@ class Runner:
             room = room_of(event.key)
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             self.found.rooms[room] = self.found.rooms.get(room, 0.0) + spent / 2e6
-
-
-@contextmanager
-def _only_own_weights() -> Iterator[None]:
-    """Linear layers are not filled when they are made: `setup` fills them anyway, and this takes 18 s for SiT-XL/2."""
-    before = nn.Linear.reset_parameters
-    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Linear.reset_parameters = before  # type: ignore[method-assign]
 
 
 def separate_passes(

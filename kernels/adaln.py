@@ -22,6 +22,7 @@ from torch import Tensor
 from lsep_kernels.fp8 import empty_quantized, store_quantized
 from lsep_kernels.operator import check, dense_rows, launch, operator, power_of_2
 from lsep_kernels.reference import E4M3, Activation, Quantized
+from lsep_kernels.row_sums import sum_rows
 
 FORWARD = {"ROWS": 4, "num_warps": 8}
 BACKWARD = {"ROWS": 1, "STAGES": 2, "num_warps": 8}
@@ -149,7 +150,7 @@ def _run_backward(
         dx, dy, partial, t, d, 0 if gate is None else gate.stride(0), scale.stride(0),
         GATED=gated, STREAM=dsum is not None, TOKENS=tokens, BLOCK_D=power_of_2(d), **BACKWARD,
     )  # fmt: skip
-    return dx, dy, partial.sum(2).to(scale.dtype)
+    return dx, dy, sum_rows(partial.flatten(0, 1), scale.dtype).unflatten(0, partial.shape[:2])
 
 
 @operator("norm_modulate")

@@ -28,6 +28,7 @@ from torch import Tensor
 from lsep_kernels.gelu_pool import gelu_gate, gelu_slope
 from lsep_kernels.operator import INTERPRETED, check, launch, operator, power_of_2
 from lsep_kernels.reference import E4M3, Activation, Quantized
+from lsep_kernels.row_sums import sum_rows
 
 ROWS = {"ROWS": 1, "num_warps": 4}
 GELU = {"ROWS": 1, "num_warps": 8}
@@ -168,7 +169,7 @@ def _rows_and_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _quantize_rows_kernel, (chunks,), x, fp8, scale, partial, m, d,
         SUMS=True, TOKENS=TOKENS, BLOCK_D=power_of_2(d), **ROWS,
     )  # fmt: skip
-    return fp8.to(E4M3), scale, partial.sum(0)
+    return fp8.to(E4M3), scale, sum_rows(partial[None])[0]
 
 
 def _columns(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ def _gelu_backward(da: Tensor, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor,
         _gelu_backward_quantize_kernel, (chunks,), da, z, a, dz, fp8, scale, partial, m, d,
         TOKENS=TOKENS, BLOCK_D=power_of_2(d), **GELU_BACKWARD,
     )  # fmt: skip
-    return a, dz, (fp8.to(E4M3), scale), partial.sum(0)
+    return a, dz, (fp8.to(E4M3), scale), sum_rows(partial[None])[0]
 
 
 @cache

@@ -50,7 +50,7 @@ def _pair(word0, word1):
 
 
 @triton.jit
-def _words(seed, block, sample, epoch, stream):
+def random_words(seed, block, sample, epoch, stream):
     """The four words of each counter of `reference._counter`."""
     c0 = block.to(tl.uint32)
     c1 = tl.zeros_like(c0) + (sample & 0xFFFFFFFF).to(tl.uint32)
@@ -60,9 +60,9 @@ def _words(seed, block, sample, epoch, stream):
 
 
 @triton.jit
-def _normal(seed, block, sample, epoch, stream, BLOCK: tl.constexpr):
+def random_normal(seed, block, sample, epoch, stream, BLOCK: tl.constexpr):
     """A sample's normal numbers 4 block .. 4 block + 3, `(4 BLOCK,)`."""
-    w0, w1, w2, w3 = _words(seed, block, sample, epoch, stream)
+    w0, w1, w2, w3 = random_words(seed, block, sample, epoch, stream)
     n0, n1 = _pair(w0, w1)
     n2, n3 = _pair(w2, w3)
     # join adds a last dimension: interleaved to n0 n1 n2 n3, so that a thread keeps 16 bytes in a row
@@ -84,12 +84,12 @@ def _interpolate_kernel(
     x = tl.load(rows_ptr + row + i, mask=mask, other=0.0).to(tl.float32)
     if MOMENTS:
         std = tl.load(rows_ptr + row + numel + i, mask=mask, other=0.0).to(tl.float32)
-        x += std * _normal(seed, block, sample, epoch, posterior, BLOCK)
+        x += std * random_normal(seed, block, sample, epoch, posterior, BLOCK)
     if PIXELS:
         x = tl.div_rn(x, 127.5) - 1
     else:
         x = (x - SHIFT) * SCALE
-    e = _normal(seed, block, sample, epoch, noise, BLOCK)
+    e = random_normal(seed, block, sample, epoch, noise, BLOCK)
     if COSINE:
         half = 1.5707963267948966
         sine, cosine = _sincos(half * t)
@@ -131,6 +131,11 @@ def _(
     return rows.new_empty(shape, dtype=torch.float32), rows.new_empty(shape, dtype=torch.float32)
 
 
+def signed(seed: int) -> int:
+    """An operator's integers are signed: the upper half of the seeds `[0, 2^64)` goes as its two's complement."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def interpolate(
     rows: Tensor, ids: Tensor, epoch: Tensor, t: Tensor, seed: int, form: str, path: str, shift: float, scale: float,
     streams: tuple[int, int],
@@ -145,7 +150,5 @@ def interpolate(
         raise ValueError(f"interpolate: form is {form!r}, path {path!r}, expected one of {FORMS} and one of {PATHS}")
     check("interpolate", (len(rows),), ids=ids, t=t)
     check_integers("interpolate", ids=ids, epoch=epoch)
-    # An operator's integers are signed: the upper half of the seeds goes as its two's complement.
-    signed = seed - 2**64 if seed >= 2**63 else seed
     rows, ids, t = (x.detach().contiguous() for x in (rows, ids, t))
-    return _op(rows, ids, epoch, t, signed, form, path, shift, scale, *streams)
+    return _op(rows, ids, epoch, t, signed(seed), form, path, shift, scale, *streams)

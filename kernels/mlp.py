@@ -24,6 +24,7 @@ from torch import Tensor
 from lsep_kernels import cublaslt
 from lsep_kernels.gelu_pool import gelu_gate, gelu_slope
 from lsep_kernels.operator import check, launch, operator
+from lsep_kernels.row_sums import sum_rows
 
 FORWARD = {"BLOCK": 2048, "num_warps": 4}
 BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "STAGES": 2, "num_warps": 4}
@@ -77,7 +78,7 @@ def gelu_backward(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _mlp_gelu_backward_kernel, (triton.cdiv(hidden, BACKWARD["BLOCK_N"]), chunks),
         dh, z, dz, h, partial, m, hidden, ROWS=ROWS, **BACKWARD,
     )  # fmt: skip
-    return dz, partial.sum(0).to(z.dtype), h
+    return dz, sum_rows(partial[None], z.dtype)[0], h
 
 
 def _gradients_of_products(dy: Tensor, x: Tensor, h: Tensor, dz: Tensor, weight1: Tensor) -> tuple[Tensor, ...]:

@@ -56,6 +56,9 @@ class Ops:
     probe_head: Callable[..., tuple[Tensor, Tensor]]
     interpolate: Callable[..., tuple[Tensor, Tensor]]
     velocity_loss: Callable[..., Tensor]
+    uniform: Callable[..., Tensor]
+    normal: Callable[..., Tensor]
+    windows: Callable[..., Tensor]
 
 
 REFERENCE = Ops(
@@ -72,6 +75,9 @@ REFERENCE = Ops(
     probe_head=reference.probe_head,
     interpolate=reference.interpolate,
     velocity_loss=reference.velocity_loss,
+    uniform=reference.uniform,
+    normal=reference.normal,
+    windows=reference.windows,
 )
 
 
@@ -205,7 +211,7 @@ def _mlp(name: str, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _triton() -> Ops:
-    from lsep_kernels import adaln, attention, gelu_pool, interpolate, mlp, probe_head, velocity_loss
+    from lsep_kernels import adaln, attention, draws, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 
     return Ops(
         kernels="triton",
@@ -221,4 +227,7 @@ def _triton() -> Ops:
         probe_head=probe_head.probe_head,
         interpolate=interpolate.interpolate,
         velocity_loss=velocity_loss.velocity_loss,
+        uniform=draws.uniform,
+        normal=draws.normal,
+        windows=draws.windows,
     )

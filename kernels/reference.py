@@ -251,6 +251,22 @@ def window_weights(size: Tensor, top: Tensor, left: Tensor, grid: tuple[int, int
     return window.flatten(1).to(torch.float32) / (size * size)
 
 
+def windows(
+    seed: int, streams: tuple[int, int], step: Tensor, epoch: Tensor, ids: Tensor, sides: tuple[int, int], grid: int
+) -> Tensor:
+    """`window_weights` `(B, T)` of random windows on a `grid x grid` of tokens: one side, a place for each sample.
+
+    The side is uniform over `sides`, the least and the largest, and a function of (seed, step); the corner one of
+    (seed, epoch, sample id). streams are those of side and place; step and epoch int64 scalars.
+    """
+    least, largest = sides
+    u = uniform(seed, streams[0], 0, step.view(1))[0, 0]
+    size = least + (u * (largest - least + 1)).to(torch.int64)
+    place = uniform(seed, streams[1], epoch, ids)
+    top, left = ((place[:, i] * (grid - size + 1)).to(torch.int64) for i in (0, 1))
+    return window_weights(size, top, left, (grid, grid))
+
+
 def pool(x: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum over tokens in float32: x `(B, T, D)`, weights `(B, T)` -> `(B, D)` float32."""
     with torch.autocast(x.device.type, enabled=False):

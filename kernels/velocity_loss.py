@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lsep_kernels.operator import check, launch, operator
+from lsep_kernels.row_sums import sum_rows
 
 CONFIG = {"CHUNK": 4096, "BLOCK": 1024, "num_warps": 4}
 """A program sums CHUNK elements, the whole sample of a 32 x 32 x 4 latent, BLOCK at a time."""
@@ -75,7 +76,7 @@ def _velocity_loss(patches: Tensor, v: Tensor, patch: int) -> Tensor:
     grid, meta = _layout(v, patch)
     partial = torch.empty(grid[1], grid[0], dtype=torch.float32, device=v.device)
     launch(_velocity_loss_forward_kernel, grid, patches, v, partial, math.prod(v.shape[1:]), **meta)
-    return partial.sum(1)
+    return partial.flatten() if grid[0] == 1 else sum_rows(partial[..., None])[:, 0]
 
 
 @operator("velocity_loss_backward")

@@ -52,7 +52,7 @@ def judged(state: State, step: int, batch: Batch) -> tuple[Tensor, dict[str, Ten
     with torch.autocast(state.device.type, torch.bfloat16, enabled=state.bf16):
         noised = interpolant.noise(
             batch.x, state.source.manifest, config.interpolant, config.train.seed, epoch, batch.id,
-            objective.ops.interpolate,
+            objective.ops,
         )  # fmt: skip
         causes: dict[str, Tensor] = {"x_t": noised.x_t.flatten(1).sum(1)}
         if config.probe.enabled:

@@ -5,7 +5,6 @@ batch shares, of (seed, step)), never of the rank or of what a process has run: 
 same numbers.
 """
 
-from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,10 +14,8 @@ from torch import Tensor
 from lsep.config import InterpolantConfig
 from lsep.data.manifest import Manifest
 from lsep_kernels import reference
-from lsep_kernels.reference import normal, path, uniform
-
-Interpolate = Callable[..., tuple[Tensor, Tensor]]
-"""An operation like `reference.interpolate`."""
+from lsep_kernels.ops import REFERENCE, Ops
+from lsep_kernels.reference import path
 
 
 class Stream(IntEnum):
@@ -52,22 +49,22 @@ class Noised(NamedTuple):
     v: Tensor
 
 
-def draw_times(config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor) -> Tensor:
+def draw_times(config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor, ops: Ops = REFERENCE) -> Tensor:
     """Training times `(B,)` in [0, 1]."""
     if config.time == "uniform":
-        return uniform(seed, Stream.TIME, epoch, ids)[:, 0]
-    z = normal(seed, Stream.TIME, epoch, ids, (1,))[:, 0]
+        return ops.uniform(seed, int(Stream.TIME), epoch, ids)[:, 0]
+    z = ops.normal(seed, int(Stream.TIME), epoch, ids, (1,))[:, 0]
     return torch.sigmoid(z * config.time_std + config.time_mean)
 
 
 def noise(
     rows: Tensor, manifest: Manifest, config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor,
-    interpolate: Interpolate = reference.interpolate,
+    ops: Ops = REFERENCE,
 ) -> Noised:  # fmt: skip
     """Draw t and noise for stored rows `(B, *row_shape)`, whose posterior is sampled anew at every visit."""
-    t = draw_times(config, seed, epoch, ids)
-    if config.path == "vp":
-        interpolate = reference.interpolate  # the kernel knows the paths of flows
+    t = draw_times(config, seed, epoch, ids, ops)
+    # The kernel knows the paths of flows.
+    interpolate = reference.interpolate if config.path == "vp" else ops.interpolate
     streams = (int(Stream.POSTERIOR), int(Stream.NOISE))
     x_t, v = interpolate(rows, ids, epoch, t, seed, manifest.kind, config.path, manifest.shift, manifest.scale, streams)
     return Noised(x_t, t, v)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lsep import memory
 from lsep.config import Config
+from lsep.inductor import COMPILE
 from lsep.interpolant import inside, to_velocity
 from lsep.passes import Aligned, Second
 from lsep.ranges import span
@@ -345,7 +346,7 @@ class SiT(nn.Module):
 
     def compile_blocks(self) -> None:
         """From here on blocks run compiled: one code for all of a shape."""
-        self.run = torch.compile(self.run, fullgraph=True, dynamic=False)
+        self.run = torch.compile(self.run, **COMPILE)
 
     def _modulation_linears(self) -> list[nn.Linear]:
         sequences = [m.adaLN_modulation for m in (*self.blocks, self.final_layer)]

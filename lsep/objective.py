@@ -20,7 +20,6 @@ from lsep.passes import Second
 from lsep.plan import BranchPlan
 from lsep.ranges import span
 from lsep_kernels.ops import REFERENCE, Ops
-from lsep_kernels.reference import uniform
 
 TIME_BINS = 10
 """Bins of t in the statistics of the probe."""
@@ -69,9 +68,7 @@ class Objective(nn.Module):
         """Losses of one micro-batch; `step` and `epoch` are int64 scalars on the device."""
         config, seed = self.config, self.config.train.seed
         with span("interpolant"):
-            noised = interpolant.noise(
-                batch.x, self.manifest, config.interpolant, seed, epoch, batch.id, self.ops.interpolate
-            )
+            noised = interpolant.noise(batch.x, self.manifest, config.interpolant, seed, epoch, batch.id, self.ops)
         if not plan.probe:
             y = self._drop_first(batch.y, plan.null)
             patches, _, align = self._predicted(noised, y, None, batch.tokens)
@@ -81,7 +78,7 @@ class Objective(nn.Module):
             return Losses(denoising + align, denoising.detach(), zero, hits, align.detach())
         with span("probe"):
             y, extra_y, unlabelled = self.label_states(batch, plan, epoch)
-            window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id)
+            window = probe.draw_windows(config.probe, config.grid, seed, step, epoch, batch.id, self.ops)
         return self.losses(noised, plan, y, extra_y, unlabelled, batch.probe_y, window, epoch, batch.tokens)
 
     def label_states(self, batch: Batch, plan: BranchPlan, epoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +89,7 @@ class Objective(nn.Module):
             unlabelled = (place < plan.null) | (place >= plan.batch - plan.extra)
             extra_y = torch.full((plan.extra,), null, dtype=torch.int64, device=batch.y.device)
             return self._drop_first(batch.y, plan.null), extra_y, unlabelled
-        u = uniform(self.config.train.seed, Stream.LABEL_DROP, epoch, batch.id)
+        u = self.ops.uniform(self.config.train.seed, int(Stream.LABEL_DROP), epoch, batch.id)
         drop, rho = self.config.model.class_dropout_prob, self.config.probe.rho
         if not self.config.model.conditional:
             drop = rho = 1.0

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lsep.config import ProbeConfig
 from lsep.interpolant import Stream
-from lsep_kernels.reference import uniform, window_weights
+from lsep_kernels.ops import REFERENCE, Ops
 
 
 def build_classifier(width: int, num_classes: int) -> nn.Sequential:
@@ -20,17 +20,16 @@ def initialize_classifier(classifier: nn.Sequential, generator: torch.Generator)
     nn.init.zeros_(linear.bias)
 
 
-def draw_windows(config: ProbeConfig, grid: int, seed: int, step: Tensor, epoch: Tensor, ids: Tensor) -> Tensor:
+def draw_windows(
+    config: ProbeConfig, grid: int, seed: int, step: Tensor, epoch: Tensor, ids: Tensor, ops: Ops = REFERENCE
+) -> Tensor:
     """Pooling weights `(B, T)`: one window side for the batch, U{window_min..window_max}, and a place for each sample.
 
     The side is drawn on the device from (seed, step): its value never reaches the host, and shapes stay static.
     """
     largest = grid if config.window_max is None else config.window_max
-    u = uniform(seed, Stream.WINDOW, 0, step.view(1))[0, 0]
-    size = config.window_min + (u * (largest - config.window_min + 1)).to(torch.int64)
-    place = uniform(seed, Stream.CROP, epoch, ids)
-    top, left = ((place[:, i] * (grid - size + 1)).to(torch.int64) for i in (0, 1))
-    return window_weights(size, top, left, (grid, grid))
+    streams = (int(Stream.WINDOW), int(Stream.CROP))
+    return ops.windows(seed, streams, step, epoch, ids, (config.window_min, largest), grid)
 
 
 def time_weights(config: ProbeConfig, t: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from lsep.dist import World
 from lsep.errors import UserError
 from lsep.fitting import fit_memory
 from lsep.graphs import Graphs
+from lsep.inductor import COMPILE
 from lsep.metrics import require_wandb
 from lsep.model import SiT
 from lsep.objective import Losses, Objective
@@ -162,7 +163,7 @@ def _compiled(objective: Objective, what: str) -> Callable[..., Losses]:
     """`objective`, or that compiled, or with its blocks compiled: one code for all blocks of a shape."""
     if what == "block":
         objective.model.compile_blocks()
-    return torch.compile(objective, fullgraph=True, dynamic=False) if what == "model" else objective
+    return torch.compile(objective, **COMPILE) if what == "model" else objective
 
 
 def _spread(config: Config, world: World, modules: tuple[Objective, ...], forward: Callable[..., Losses]) -> Parallel:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsep.config import Config, ModelConfig
 from lsep.errors import UserError
+from lsep.inductor import COMPILE
 from lsep.interpolant import inside, to_velocity
 from lsep.passes import Aligned, Second
 from lsep.ranges import span
@@ -161,7 +162,7 @@ class UNet(nn.Module):
     def compile_blocks(self) -> None:
         """From here on the blocks of each level and the mid-block run compiled."""
         for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(**COMPILE)
 
     def initialize(self, generator: torch.Generator) -> None:
         """DDPM's initialisation: Xavier weights, zeros at the end of every residual branch, of attention and output.

@@ -16,7 +16,8 @@ from test_graphs import Recorded
 from test_graphs import curve as replayed
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsep import checkpoint, flops
+from lsep import checkpoint
+from lsep.cost import flops
 from lsep.align import align_loss
 from lsep.checks import resolve, resolve_align
 from lsep.cli import main

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsep.checks import resolve
 from lsep.config import Config, override
-from lsep.flops import SECOND, Product, parts, per_image, second_pass_blocks, step_parts, total
+from lsep.cost.flops import SECOND, Product, parts, per_image, second_pass_blocks, step_parts, total
 from lsep.objective import Objective
 from lsep.plan import branch_plan
 from lsep.presets import PRESETS

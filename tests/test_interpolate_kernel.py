@@ -46,7 +46,7 @@ def inputs(form: str, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, A
 @triton.jit
 def _store_words(out_ptr, id_ptr, epoch_ptr, seed, stream, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    words = kernel._words(seed, i, tl.load(id_ptr), tl.load(epoch_ptr), stream)
+    words = kernel.random_words(seed, i, tl.load(id_ptr), tl.load(epoch_ptr), stream)
     for k in tl.static_range(4):
         tl.store(out_ptr + 4 * i + k, words[k].to(tl.int64))
 

@@ -12,12 +12,14 @@ import torch
 from conftest import MANIFEST, TINY, lively, random_batch, tiny
 from torch._dynamo.testing import CompileCounter
 
-from lsep import cli, floors, profile, ranges, trace
+from lsep import cli, profile, ranges, trace
+from lsep.cost import floors
 from lsep.checks import resolve
 from lsep.config import override
 from lsep.data import loader
 from lsep.errors import UserError
-from lsep.flops import step_parts, total
+from lsep.cost.flops import step_parts, total
+from lsep.cost.operations import Operation
 from lsep.objective import Objective
 from lsep.plan import branch_plan
 from lsep.presets import PRESETS
@@ -254,9 +256,13 @@ def test_kernels_of_a_gpu_by_room(tmp_path: Path) -> None:
         trace.read(tmp_path / "t.json")
 
 
+def done(flops: float, size: float) -> floors.Work:
+    return floors.Work((Operation("", "", "", flops, size),))
+
+
 def test_floors_of_a_graph_stand_together() -> None:
     """A graph's products have no room of their own, so that a floor beside one room's kernels would say nothing."""
-    work = {"MLP": floors.Work(2e12, 0), "adaLN": floors.Work(0, 1e9), "optimizer": floors.Work(0, 4e9)}
+    work = {room: done(*sizes) for room, sizes in (("MLP", (2e12, 0)), ("adaLN", (0, 1e9)), ("optimizer", (0, 4e9)))}
     rates = floors.Rates(flops=1e12, bytes=1e9)
     items = [trace.Item(room, "kernel", 2e6, 1) for room in ("adaLN", "optimizer")]
     eager = profile.table(trace.Profile(4e6, items), 1, work, rates)
@@ -297,5 +303,7 @@ def test_floors() -> None:
     plain = floors.step_work(config, MANIFEST, params=1000, row_bytes=768, probe=False)
     assert "probe" not in plain and plain["MLP"].flops < work["MLP"].flops
     rates = floors.Rates(flops=1e12, bytes=1e9)
-    assert floors.Work(2e12, 3e9).seconds(rates) == pytest.approx(5)
+    # An operation computes while it moves; one follows the other.
+    assert done(2e12, 3e9).seconds(rates) == 3 and done(4e12, 3e9).seconds(rates) == 4
+    assert floors.Work(done(2e12, 3e9).operations + done(4e12, 3e9).operations).seconds(rates) == 7
     assert min(floors.measure(CPU, torch.float32)) > 0

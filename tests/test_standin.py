@@ -57,7 +57,7 @@ def raw(code: str, **given: object) -> standin_run.Result:
 REFUSED = {
     "allocation": ("s = stream(); begin(s); assert new(512) is None; assert end(s)[0] != 0", "cudaMalloc during"),
     "free": ("p = new(512); s = stream(); begin(s); assert cuda.cudaFree(p) != 0", "cudaFree during a capture"),
-    "pinned allocation": ("s = stream(); begin(s); assert cuda.cudaHostAlloc(byref(c_void_p()), 64, 0)", "cudaHostAlloc"),
+    "pinned": ("s = stream(); begin(s); assert cuda.cudaHostAlloc(byref(c_void_p()), 64, 0) != 0", "cudaHostAlloc"),
     "synchronisation": ("s = stream(); begin(s); assert cuda.cudaDeviceSynchronize() != 0", "cudaDeviceSynchronize"),
     "of the stream": ("s = stream(); begin(s); assert cuda.cudaStreamSynchronize(s) != 0", "of a stream that captures"),
     "of a captured event": (

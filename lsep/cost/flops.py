@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lsep.config import Config
+from lsep.cost.parameters import TIME_FEATURES, hidden
 from lsep.plan import BranchPlan, branch_plan
 
 SECOND = "second pass: "
 """What the names of the parts of the extra rows begin with."""
-_TIME_FEATURES = 256  # cosines and sines of t, see TimestepEmbedder
 
 
 class Flops(NamedTuple):
@@ -56,7 +56,7 @@ def parts(config: Config, plan: BranchPlan, probe_classes: int) -> dict[str, Flo
     alignment projector, but not the encoder. Of a U-Net all but pooling and probe head is one part, `U-Net`.
     """
     found: dict[str, Flops] = _unet(config, plan) if config.model.backbone == "unet" else {}
-    for product in _products(config, plan, probe_classes):
+    for product in products(config, plan, probe_classes):
         before, more = found.get(product.part, Flops(0, 0)), product.flops
         found[product.part] = Flops(before.forward + more.forward, before.training + more.training)
     return found
@@ -100,13 +100,14 @@ def _flops(products: Iterable[Product], names: list[str]) -> int:
     return sum(p.flops.forward for p in products if p.part in names)
 
 
-def _products(config: Config, plan: BranchPlan, probe_classes: int) -> Iterator[Product]:
+def products(config: Config, plan: BranchPlan, probe_classes: int) -> Iterator[Product]:
+    """The products of one micro-batch; of a U-Net those of its probe."""
     m, rows, tokens = config.model, plan.batch, config.grid**2
     assert m.in_channels is not None
     width, patch = m.hidden_size, m.patch_size**2 * m.in_channels
     if m.backbone == "sit":
         yield Product("embedding", rows * tokens, patch, width, both_gradients=False)
-        yield Product("embedding", rows, _TIME_FEATURES, width, both_gradients=False)
+        yield Product("embedding", rows, TIME_FEATURES, width, both_gradients=False)
         yield Product("embedding", rows, width, width)
         yield from _block(config, rows, m.depth)
         yield Product("modulation", rows, width, 2 * width)  # of the final layer
@@ -136,9 +137,9 @@ def _unet(config: Config, plan: BranchPlan) -> dict[str, Flops]:
 
 def _block(config: Config, rows: int, times: int, prefix: str = "") -> Iterator[Product]:
     """`times` whole blocks over `rows` samples."""
-    width, hidden = config.model.hidden_size, _hidden(config)
+    width = config.model.hidden_size
     yield from _up_to_fc1(config, rows, times, prefix)
-    yield Product(prefix + "fc2", rows * config.grid**2, hidden, width, times)
+    yield Product(prefix + "fc2", rows * config.grid**2, hidden(config), width, times)
 
 
 def _up_to_fc1(config: Config, rows: int, times: int, prefix: str) -> Iterator[Product]:
@@ -147,7 +148,7 @@ def _up_to_fc1(config: Config, rows: int, times: int, prefix: str) -> Iterator[P
     yield Product(prefix + "qkv", rows * tokens, width, 3 * width, times)
     yield Product(prefix + "attention", rows * tokens, width, tokens, 2 * times)  # scores, and their product with v
     yield Product(prefix + "proj", rows * tokens, width, width, times)
-    yield Product(prefix + "fc1", rows * tokens, width, _hidden(config), times)
+    yield Product(prefix + "fc1", rows * tokens, width, hidden(config), times)
 
 
 def _second_pass(config: Config, plan: BranchPlan) -> Iterator[Product]:
@@ -158,12 +159,7 @@ def _second_pass(config: Config, plan: BranchPlan) -> Iterator[Product]:
     if not probe.pool_before_fc2:
         yield from _block(config, plan.extra, probe.depth, SECOND)
         return
-    hidden = _hidden(config)
     yield from _block(config, plan.extra, probe.depth - 1, SECOND)
     yield from _up_to_fc1(config, plan.extra, 1, SECOND)
-    yield Product("pooling", plan.extra, tokens, hidden, both_gradients=False)
-    yield Product(SECOND + "fc2", plan.extra, hidden, config.model.hidden_size)
-
-
-def _hidden(config: Config) -> int:
-    return int(config.model.hidden_size * config.model.mlp_ratio)
+    yield Product("pooling", plan.extra, tokens, hidden(config), both_gradients=False)
+    yield Product(SECOND + "fc2", plan.extra, hidden(config), config.model.hidden_size)
