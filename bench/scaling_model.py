@@ -31,8 +31,8 @@ import torch
 from bench.section import ROOT, Section, show
 from bench.step import facts, finish
 from bench.variants import configuration
-from lsep.cost import flops
 from lsep.config import Config, override
+from lsep.cost import flops
 from lsep.errors import UserError
 from lsep.model import SiT
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bench.programs import another_program, only_own_weights, out_of_memory, program, smaller
 from bench.section import sentence
-from lsep.cost import flops
 from lsep.config import Config, override
+from lsep.cost import flops
 from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
 from lsep.graphs import WARM_UP, Graphs

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity
 from lsep import trace
 from lsep.checks import check
 from lsep.config import Config, flat, override
+from lsep.cost.floors import Rates, Work, measure, step_work
 from lsep.data.loader import Batch
 from lsep.errors import UserError
-from lsep.cost.floors import Rates, Work, measure, step_work
 from lsep.ranges import recording, span
 from lsep.run import Run, write_atomic
 from lsep.step import State, open_loader, pick_device, setup, train_step

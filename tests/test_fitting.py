@@ -34,7 +34,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def xl(**changes: object) -> Config:
-    config = resolve(PRESETS["sit-xl-2-256"], replace(MANIFEST, shape=(4, 32, 32), num_classes=1000, probe_classes=1000))
+    config = resolve(
+        PRESETS["sit-xl-2-256"], replace(MANIFEST, shape=(4, 32, 32), num_classes=1000, probe_classes=1000)
+    )
     return override(config, {"train.precision": "bf16", **changes})
 
 
@@ -60,7 +62,9 @@ def test_what_was_asked_for_is_left_alone(card: dict[str, int]) -> None:
 
 def test_a_model_that_is_too_large_says_what_it_needs(card: dict[str, int]) -> None:
     card["free"] = 8 * 10**9
-    with pytest.raises(UserError, match=r"a step needs [\d.]+ GB \(computed\), and cuda:0 has 8.0 GB free; the least, --opt"):
+    with pytest.raises(
+        UserError, match=r"a step needs [\d.]+ GB \(computed\), and cuda:0 has 8.0 GB free; the least, --opt"
+    ):
         fitting.fit_memory(xl(), GPU, 1000)
 
 

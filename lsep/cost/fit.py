@@ -1,7 +1,7 @@
 """How a run is made to fit a card's memory: by micro-batches first, which recompute nothing, then by recomputation.
 
-    found = fit(config, Card((9, 0)), probe_classes=1000, free=free_of(80 * 2**30))
-    config = found.chosen.applied(config)
+found = fit(config, Card((9, 0)), probe_classes=1000, free=free_of(80 * 2**30))
+config = found.chosen.applied(config)
 """
 
 from dataclasses import dataclass, replace

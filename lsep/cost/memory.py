@@ -82,7 +82,11 @@ def _moments(config: Config, choice: Choice, probe_classes: int, probe: bool, pr
     # The gradients of the modulations' results add up until the modulation's own backward.
     sums = shapes.element * config.model.hidden_size
     for block in range(depth, 0, -1):
-        done = count.classifier + count.final + (depth - block) * (count.block + (not choice.joint_modulation) * count.modulation)
+        done = (
+            count.classifier
+            + count.final
+            + (depth - block) * (count.block + (not choice.joint_modulation) * count.modulation)
+        )
         rows = sum(6 * shapes.rows(later) for later in range(block + 1, depth + 1)) + 5 * shapes.rows(block)
         yield base + below[block - 1] + _named(backward(shapes, block), f" (at block {block})") + Counter({
             GRADIENTS: gradient * (count.total if standing else done), MODULATION: sums * rows,

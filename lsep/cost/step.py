@@ -15,7 +15,16 @@ from lsep.config import Config
 from lsep.cost.cards import GRAPH_NODE, KERNEL, Known
 from lsep.cost.flops import SECOND
 from lsep.cost.operations import (
-    ADALN, ATTENTION, GELU, INPUTS, OPTIMIZER, PROBE, PRODUCTS, Operation, branch_plans, step_operations,
+    ADALN,
+    ATTENTION,
+    GELU,
+    INPUTS,
+    OPTIMIZER,
+    PROBE,
+    PRODUCTS,
+    Operation,
+    branch_plans,
+    step_operations,
 )  # fmt: skip
 from lsep.cost.parameters import hidden, parameters
 
