@@ -4,8 +4,8 @@
                                   [--ASSUMPTION VALUE ...] [--check] [--json FILE] [--markdown FILE]
 
 Every figure of a GPU, a network or a disk is an assumption until it is measured: each is a flag (`--help`) and is
-printed with the table. What is not assumed: FLOPs (`lsep.cost.flops`), parameters, bytes, and the loader's rate, measured on
-a CPU. A step is
+printed with the table. What is not assumed: FLOPs (`lsep.cost.flops`), parameters, bytes, and the loader's rate,
+measured on a CPU. A step is
 
     compute + launches + optimizer + exposed communication, or the loader where that is slower, + checkpoint
 

@@ -81,8 +81,9 @@ def _advice(config: Config, world: World, probe_classes: int) -> str:
         return "try a larger --optim.accumulate, or a smaller --train.batch-size"
     free = free_of(torch.cuda.get_device_properties(world.device).total_memory)
     now = setting_of(config, world.device, probe_classes, world.size)
-    fitting = fit(override(config, {"optim.accumulate": 1}), world.device, probe_classes, free, world.size).fitting
-    smaller = [s for s in fitting if s.needed < now.needed][:3]
+    found = fit(override(config, {"optim.accumulate": 1}), world.device, probe_classes, free, world.size)
+    # One for each policy, then the next best.
+    smaller = [s for s in dict.fromkeys([*found.different, *found.fitting]) if s.needed < now.needed][:3]
     if not smaller:
         return f"{now.flags} needs {_gb(now.needed)} (computed), the least there is: use a smaller --train.batch-size"
     return f"{now.flags} needs {_gb(now.needed)} (computed), these would fit: {'; '.join(map(_shown, smaller))}"

@@ -1,4 +1,4 @@
-"""`train.memory auto`: what is chosen for a GPU's memory, said, stored with the run, and kept by what goes on with it."""
+"""`train.memory auto`: what is chosen for a GPU's memory, said, stored with the run, and kept by a resume."""
 
 import re
 from dataclasses import replace

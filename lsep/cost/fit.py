@@ -26,8 +26,8 @@ RESERVE: dict[Policy, tuple[int, float]] = {
     "recompute-elementwise": (1_500_000_000, 0.07),
     "recompute-blocks": (1_500_000_000, 0.35),
 }
-"""What the allocator holds beyond its peak, because free pieces do not fit what is asked for: bytes, and a share of what
-comes and goes in a step. Above all that was seen in bench/results/memory.md."""
+"""What the allocator holds beyond its peak, because free pieces do not fit what is asked for: bytes, and a share of
+what comes and goes in a step. Above all that was seen in bench/results/memory.md."""
 
 
 @dataclass(frozen=True)
@@ -101,23 +101,27 @@ def _order(config: Config, setting: Setting, processes: int) -> tuple[bool, floa
     return not first, setting.accumulate if first else setting.seconds
 
 
+def setting_of(config: Config, device: Device, probe_classes: int, processes: int = 1) -> Setting:
+    """What a resolved `config` needs with its own `optim.accumulate` and `train.memory`."""
+    probe = config.probe.enabled and config.probe.end_step != 0
+    choice = backends.decide(config, device, processes)
+    peak = sum(step_memory(config, choice, probe_classes, probe, processes).values())
+    time = seconds(step_time(_own(config, processes), choice, probe_classes, _known(device), probe))
+    policy: Policy = "keep" if config.train.memory == "auto" else config.train.memory
+    fixed, share = RESERVE[policy]
+    needed = peak + fixed + int(share * (peak - after_setup(config, choice, probe_classes).total()))
+    return Setting(config.optim.accumulate, policy, peak, needed, time)
+
+
 def _settings(config: Config, device: Device, probe_classes: int, processes: int) -> list[Setting]:
-    known, probe = _known(device), config.probe.enabled and config.probe.end_step != 0
     found, refused = [], None
     for accumulate in _divisors(config, processes):
         for memory in POLICIES:
             candidate = Setting(accumulate, memory, 0, 0, 0.0).applied(config)
             try:
-                choice = backends.decide(candidate, device, processes)
-                peak = sum(step_memory(candidate, choice, probe_classes, probe, processes).values())
-                time = seconds(step_time(_own(candidate, processes), choice, probe_classes, known, probe))
+                found.append(setting_of(candidate, device, probe_classes, processes))
             except UserError as error:
                 refused = refused or error
-                continue
-            fixed, share = RESERVE[memory]
-            stays = after_setup(candidate, choice, probe_classes).total()
-            needed = peak + fixed + int(share * (peak - stays))
-            found.append(Setting(accumulate, memory, peak, needed, time))
     if not found:
         assert refused is not None
         raise refused
