@@ -6,7 +6,7 @@ Parameter names are those of the published weights (`blocks.0.attn.qkv.weight`, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple, cast
 
@@ -218,6 +218,7 @@ class SiT(nn.Module):
         self.fp32_residual = config.train.fp32_residual
         self.joint_modulation = False
         self.run = memory.runner(config.train.memory)
+        self.embed: Callable[[SiT, Tensor, int], Tensor] = _embed
         self.x_embedder = PatchEmbed(m.in_channels, m.hidden_size, m.patch_size)
         self.t_embedder = TimestepEmbedder(m.hidden_size)
         self.y_embedder = LabelEmbedder(m.num_classes, m.hidden_size)
@@ -280,9 +281,9 @@ class SiT(nn.Module):
         with span("embedding"):
             t_emb = self.t_embedder(t)
             c = t_emb + self.y_embedder(y)
-            x, joint = self._tokens(x), c
+            x, joint = self.embed(self, x, extra), c
             if second and extra:
-                x, joint = torch.cat([x, x[keep:]]), torch.cat([c, t_emb[keep:] + self.y_embedder(second.extra_y)])
+                joint = torch.cat([c, t_emb[keep:] + self.y_embedder(second.extra_y)])
         with span("adaLN"):
             modulations, following = self._modulations(c, joint, depth)
             h = self.ops.norm_modulate(x, *modulations[0][:2])
@@ -345,8 +346,12 @@ class SiT(nn.Module):
         self.joint_modulation = True
 
     def compile_blocks(self) -> None:
-        """From here on blocks run compiled: one code for all of a shape."""
+        """From here on blocks run compiled, one code for all of a shape, and what goes before them.
+
+        Bias, positions and the rows of the second pass are passes over the whole stream, each by itself.
+        """
         self.run = torch.compile(self.run, **COMPILE)
+        self.embed = torch.compile(_embed, **COMPILE)
 
     def _modulation_linears(self) -> list[nn.Linear]:
         sequences = [m.adaLN_modulation for m in (*self.blocks, self.final_layer)]
@@ -373,6 +378,12 @@ class SiT(nn.Module):
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
+
+
+def _embed(model: SiT, x: Tensor, extra: int) -> Tensor:
+    """Tokens of the images x `(N, C, H, W)`, and once more those of the last `extra`: `(N + extra, T, D)`."""
+    h = model._tokens(x)
+    return torch.cat([h, h[len(h) - extra :]]) if extra else h
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
