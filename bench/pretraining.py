@@ -59,6 +59,11 @@ def configuration(store: Path, plan: Plan, steps: int) -> Config:
     })  # fmt: skip
 
 
+def steps_in(seconds: float, rate: float, log_every: int) -> int:
+    """Steps that fill `seconds`: whole log windows, so that every line of the log is one and a resume adds one."""
+    return log_every * max(2 * WINDOWS, round(seconds * rate / log_every))
+
+
 def pretraining(context: Context, section: Section) -> None:
     """A training of three minutes, or as many as are left: learned, nothing lost, steady speed, resumable."""
     plan = SMOKE if context.smoke else FULL
@@ -74,7 +79,7 @@ def pretraining(context: Context, section: Section) -> None:
         trial = train(configuration(store, plan, plan.trial_steps), Path(folder) / "trial")
         lines = trial.metrics()[plan.trial_steps // plan.log_every // 2 :]
         rate = statistics.median(line["images_per_second"] for line in lines) / plan.changes["train.batch_size"]
-        steps = max(2 * WINDOWS * plan.log_every, round(seconds * rate))
+        steps = steps_in(seconds, rate, plan.log_every)
         run = train(configuration(store, plan, steps), Path(folder) / "run")
         before = run.metrics()
         _judge(section, run, before, full=not context.smoke)

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import compiled, kernel_checks, machine, optimizer, programs, schedule, step, variants
+from bench import compiled, kernel_checks, machine, optimizer, pretraining, programs, schedule, step, variants
 from bench.section import Context, Section
 from lsep.config import Config
 from lsep.errors import UserError
@@ -350,6 +350,12 @@ def test_the_lease_script_runs_from_a_bare_tree(tmp_path: Path) -> None:
     assert log.count("bench.gpu ended with 0") == 2 and "compiled: ok" in log
     failing = subprocess.run([*command[:2], "--only", "nothing"], env=env, capture_output=True, text=True)
     assert failing.returncode == 2 and "--only nothing is unknown" in failing.stderr
+
+
+def test_a_training_is_of_whole_log_windows() -> None:
+    """The last step writes a line wherever it falls: one in mid-window made the resumed log a line too long."""
+    assert pretraining.steps_in(180.0, 75.34, 10) == 13560
+    assert pretraining.steps_in(1.0, 0.1, 10) == 2 * pretraining.WINDOWS * 10
 
 
 def test_limits_of_a_case_are_those_of_its_section() -> None:
