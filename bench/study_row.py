@@ -12,10 +12,10 @@ from bench.study_task import Images, Task
 from lsep import checkpoint, sample
 from lsep.backbone import Backbone
 from lsep.config import Config, override
+from lsep.cost.flops import step_parts, total
 from lsep.data.loader import open_source
 from lsep.data.manifest import Manifest
 from lsep.evaluate.frechet import Gaussian, Moments, frechet_distance
-from lsep.cost.flops import step_parts, total
 from lsep.presets import PRESETS
 from lsep.separability.measure import Settings, Subject, measure
 from lsep.step import pick_device

@@ -18,8 +18,8 @@ import torch._dynamo
 from torch import Tensor
 
 from bench.section import sentence
-from lsep.cost import flops
 from lsep.config import Config, override
+from lsep.cost import flops
 from lsep.data.writer import write_store
 from lsep.errors import UserError, nearest
 from lsep.graphs import WARM_UP, Graphs

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity
 from lsep import trace
 from lsep.checks import check
 from lsep.config import Config, flat, override
+from lsep.cost.floors import Rates, Work, measure, step_work
 from lsep.data.loader import Batch
 from lsep.errors import UserError
-from lsep.cost.floors import Rates, Work, measure, step_work
 from lsep.ranges import recording, span
 from lsep.run import Run, write_atomic
 from lsep.step import State, open_loader, pick_device, setup, train_step
@@ -202,7 +202,7 @@ def table(found: trace.Profile, steps: int, work: dict[str, Work], rates: Rates)
     row("**step**", found.items, f"{1000 * whole:.3f}")
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     note = (
-        f"{steps} steps, under the profiler. Floor: the room's matrix products at {rates.flops / 1e12:.3g} TFLOP/s and "
-        f"its bytes at {rates.bytes / 1e9:.3g} GB/s, a product and a copy measured before the window."
+        f"{steps} steps, under the profiler. Floor: of each operation the longer of its FLOPs at {rates.flops / 1e12:.3g} "
+        f"TFLOP/s and its bytes at {rates.bytes / 1e9:.3g} GB/s, a product and a copy measured before the window."
     )
     return "\n".join([*lines, "", note, ""])

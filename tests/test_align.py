@@ -17,10 +17,10 @@ from test_graphs import curve as replayed
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsep import checkpoint
-from lsep.cost import flops
 from lsep.align import align_loss
 from lsep.checks import resolve, resolve_align
 from lsep.cli import main
+from lsep.cost import flops
 from lsep.data.writer import write_store
 from lsep.encoder import Encoder
 from lsep.errors import UserError

@@ -13,13 +13,13 @@ from conftest import MANIFEST, TINY, lively, random_batch, tiny
 from torch._dynamo.testing import CompileCounter
 
 from lsep import cli, profile, ranges, trace
-from lsep.cost import floors
 from lsep.checks import resolve
 from lsep.config import override
-from lsep.data import loader
-from lsep.errors import UserError
+from lsep.cost import floors
 from lsep.cost.flops import step_parts, total
 from lsep.cost.operations import Operation
+from lsep.data import loader
+from lsep.errors import UserError
 from lsep.objective import Objective
 from lsep.plan import branch_plan
 from lsep.presets import PRESETS

@@ -17,14 +17,14 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsep import checkpoint, cli, probe, sample
-from lsep.cost import flops
 from lsep.backbone import Backbone, build
 from lsep.checks import check, resolve, resolve_align
 from lsep.config import Config, from_dict
+from lsep.cost import flops
+from lsep.cost.floors import step_work
 from lsep.diagnose import not_finite
 from lsep.errors import UserError
 from lsep.evaluate.monitor import Monitor
-from lsep.cost.floors import step_work
 from lsep.interpolant import Noised, noise, target
 from lsep.model import SiT
 from lsep.objective import Objective

@@ -1,13 +1,14 @@
 """How a run is made to fit a card's memory: by micro-batches first, which recompute nothing, then by recomputation.
 
-    found = fit(config, Card((9, 0)), probe_classes=1000, free=free_of(80 * 2**30))
-    config = found.chosen.applied(config)
+found = fit(config, Card((9, 0)), probe_classes=1000, free=free_of(80 * 2**30))
+config = found.chosen.applied(config)
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lsep import backends
+from lsep.backends import Choice
 from lsep.config import Config
 from lsep.cost.cards import CARDS, Known, nearest
 from lsep.cost.memory import after_setup, step_memory
@@ -26,8 +27,8 @@ RESERVE: dict[Policy, tuple[int, float]] = {
     "recompute-elementwise": (1_500_000_000, 0.07),
     "recompute-blocks": (1_500_000_000, 0.35),
 }
-"""What the allocator holds beyond its peak, because free pieces do not fit what is asked for: bytes, and a share of what
-comes and goes in a step. Above all that was seen in bench/results/memory.md."""
+"""What the allocator holds beyond its peak, because free pieces do not fit what is asked for: bytes, and a share of
+what comes and goes in a step. Above all that was seen in bench/results/memory.md."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def fit(config: Config, device: Device, probe_classes: int, free: int, processes
     return Fit(fitting[0] if fitting else None, fitting, min(settings, key=lambda s: s.needed))
 
 
+def needed(config: Config, choice: Choice, probe_classes: int, peak: int) -> int:
+    """Bytes that must be free for a step whose peak is `peak`."""
+    fixed, share = RESERVE[POLICIES[POLICIES.index(config.train.memory)]]
+    return peak + fixed + int(share * (peak - after_setup(config, choice, probe_classes).total()))
+
+
 def _order(config: Config, setting: Setting, processes: int) -> tuple[bool, float]:
     images = config.train.batch_size // (processes * setting.accumulate)
     first = setting.memory == "keep" and images >= SMALLEST
@@ -110,14 +117,12 @@ def _settings(config: Config, device: Device, probe_classes: int, processes: int
             try:
                 choice = backends.decide(candidate, device, processes)
                 peak = sum(step_memory(candidate, choice, probe_classes, probe, processes).values())
-                time = seconds(step_time(_own(candidate, processes), choice, probe_classes, known, probe))
+                time = seconds(step_time(own_part(candidate, processes), choice, probe_classes, known, probe))
             except UserError as error:
                 refused = refused or error
                 continue
-            fixed, share = RESERVE[memory]
-            stays = after_setup(candidate, choice, probe_classes).total()
-            needed = peak + fixed + int(share * (peak - stays))
-            found.append(Setting(accumulate, memory, peak, needed, time))
+            whole = needed(candidate, choice, probe_classes, peak)
+            found.append(Setting(accumulate, memory, peak, whole, time))
     if not found:
         assert refused is not None
         raise refused
@@ -132,7 +137,7 @@ def _divisors(config: Config, processes: int) -> list[int]:
     return found
 
 
-def _own(config: Config, processes: int) -> Config:
+def own_part(config: Config, processes: int) -> Config:
     """One process's part of the batch as a configuration of its own."""
     return replace(config, train=replace(config.train, batch_size=config.train.batch_size // processes))
 
@@ -140,4 +145,4 @@ def _own(config: Config, processes: int) -> Config:
 def _known(device: Device) -> Known:
     if device.type != "cuda":
         return CARDS["h100"]
-    return nearest(capability(device), 0)
+    return nearest(capability(device))

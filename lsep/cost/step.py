@@ -15,13 +15,22 @@ from lsep.config import Config
 from lsep.cost.cards import GRAPH_NODE, KERNEL, Known
 from lsep.cost.flops import SECOND
 from lsep.cost.operations import (
-    ADALN, ATTENTION, GELU, INPUTS, OPTIMIZER, PROBE, PRODUCTS, Operation, branch_plans, step_operations,
+    ADALN,
+    ATTENTION,
+    GELU,
+    INPUTS,
+    OPTIMIZER,
+    PROBE,
+    PRODUCTS,
+    Operation,
+    branch_plans,
+    step_operations,
 )  # fmt: skip
 from lsep.cost.parameters import hidden, parameters
 
 RAMP = 192
-"""Products of inner length K reach K / (K + RAMP) of what long ones do: filling and emptying a tile. Assumed: nobody has
-published cuBLAS at N and K from 1152 to 4608."""
+"""Products of inner length K reach K / (K + RAMP) of what long ones do: filling and emptying a tile. Assumed: nobody
+has published cuBLAS at N and K from 1152 to 4608."""
 LONG = 8192
 """K of the products whose rate is known."""
 NARROW = 2048
