@@ -21,7 +21,7 @@ from lsep.errors import UserError
 
 
 def assumed(default: float, meaning: str) -> float:
-    return field(default=default, metadata={"meaning": meaning})  # type: ignore[no-any-return]
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)

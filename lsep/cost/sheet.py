@@ -1,6 +1,7 @@
 """What `lsep plan` prints: memory, time and price of a run, on cards that need not be here. All of it is computed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lsep import backends
@@ -91,7 +92,7 @@ def _probe(config: Config) -> bool:
     return config.probe.enabled and config.probe.end_step != 0
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as text: the first column to the left, the others to the right."""
     sizes = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     out = []
