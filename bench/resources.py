@@ -9,8 +9,8 @@ binaries are those that a run left in its cache (TRITON_CACHE_DIR, or below TORC
 kernels among them. The exit code is 1 on a spill, on an instruction in double precision, on more shared memory than a
 block may have, and on sm_90 on a kernel of half-precision matrix products without WGMMA (`HGMMA`) or one that waits
 (`WARPGROUP.DEPBAR`) after every one of them: ptxas serialises them when registers run out. Beside each operator stands
-its floor on an H200, from the bytes it must move at 4.3 TB/s and its matrix products at 790 TFLOP/s (both measured, a
-copy and a bf16 product of 8192^3).
+its floor on an H200, the longer of its bytes and its matrix products at the rates of `lsep.cost.cards`; GELU, a pass of
+its own, is added to the products beside it (`lsep.cost.operations`).
 """
 
 import argparse
@@ -35,11 +35,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from lsep.cost.cards import CARDS
+from lsep.cost.operations import floor
 from lsep_kernels import adaln, attention, fp8, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 from lsep_kernels.reference import plain
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-COPY_RATE, MATRIX_RATE = 4.3e12, 790e12
+RATES = CARDS["h200"].rates
 FP64 = r"\b(?:D(?:ADD|MUL|FMA|MMA|SETP|MNMX)\b|(?:F2F|F2I|I2F|FRND)[.\w]*\.F64\b|MUFU\.\w+64H\b)"
 """Arithmetic in double precision and conversions from and to it; I2F.S64 is one of int64, to float32."""
 MATRIX_KERNELS = {"attention_forward", "attention_backward_q", "attention_backward_kv", "probe_matmul"}
@@ -55,6 +57,8 @@ class Case:
     run: Callable[[], Any]
     bytes: float
     flops: float = 0
+    beside: float = 0
+    """Bytes of a pass of its own, before or after the products."""
     half: bool = True
     """Matrix products, where there are any, in half precision."""
     least_arch: int = 80
@@ -202,7 +206,7 @@ def cases() -> Iterator[Case]:
             f"attention T={t} head_dim={head}", lambda a=(heads, head, t): _attention(*a),
             B * t * width * 2 * (4 + 8), B * heads * 2 * t * t * head * (2 + 5), least_arch=90,
         )  # fmt: skip
-    yield Case("mlp", _mlp, tokens * 4 * D * (4 + 8), 3 * 2 * 2 * tokens * D * 4 * D)
+    yield Case("mlp", _mlp, 0, 3 * 2 * 2 * tokens * D * 4 * D, beside=tokens * 4 * D * (4 + 6))
     extra = round(0.8 * B) * T
     yield Case("gelu_pool", lambda: _pool(4 * D, gelu_pool.gelu_pool), extra * 4 * D * (2 + 4))
     yield Case("pool", lambda: _pool(D, gelu_pool.pool), extra * D * (2 + 2))
@@ -290,8 +294,9 @@ def table(rows: list[Row]) -> str:
     """Markdown, with the floor of each operator at its first kernel."""
     floors = {}
     for case in cases():
-        memory, matrix = case.bytes / COPY_RATE * 1e6, case.flops / MATRIX_RATE * 1e6
-        floors[case.name] = f"{memory:.0f} us bytes" + (f", {matrix:.0f} us FLOPs" if matrix else "")
+        whole = floor(case.bytes, case.flops, RATES) + floor(case.beside, 0, RATES)
+        binds = "FLOPs" if case.flops / RATES.flops > case.bytes / RATES.bytes else "bytes"
+        floors[case.name] = f"{whole * 1e6:.0f} us, {binds}" + (" and GELU" if case.beside else "")
     titles = "operator|kernel|sm|warps|registers|spills, B|FP64|shared, KiB|HGMMA|HMMA|waits|floor, forward + backward"
     titles = f"| {titles.replace('|', ' | ')} |"
     lines = [titles, re.sub(r"[^|]+", "---", titles)]

@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.scaling_model import ring
 from bench.section import ROOT, Section
 from bench.variants import configuration, with_data
 from lsep.config import Config, from_dict, override
+from lsep.cost.cluster import ring
 from lsep.dist import World, world
 from lsep.errors import UserError
 from lsep.step import open_loader, pick_device, setup, train_step

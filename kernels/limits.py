@@ -5,7 +5,7 @@ capability allows, and take everything else as given: Triton, the libraries, csr
 """
 
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +15,8 @@ ATTENTION_TOKENS = 256
 """What the attention kernels take: all keys of a head at once."""
 
 
-class Card(NamedTuple):
+@dataclass(frozen=True)
+class Card:
     """A GPU by its compute capability, on a machine where all that can be installed is."""
 
     capability: tuple[int, int]

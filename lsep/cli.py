@@ -98,6 +98,38 @@ def profile(argv: Args) -> None:
         profiling.profile(args.config, args.out, args.steps, args.warmup, argv, args.trace)
 
 
+def plan(argv: Args) -> None:
+    """memory, time and price of a run, without a GPU: lsep plan PRESET [--gpu h100] [--gpus N] [--hours-price X]"""
+    import tyro
+
+    from lsep import config as configuration
+    from lsep.presets import PRESETS, preset
+
+    (name,), flags = first_arguments("plan", ("PRESET",), argv)
+    start = PRESETS["sit-xl-2-256"] if wants_help(argv) else preset(name)
+
+    @dataclass(frozen=True)
+    class PlanArgs:
+        config: Annotated[configuration.Config, tyro.conf.arg(name="")]
+        gpu: Literal["h100", "h200", "b200", "a100"] = "h200"
+        """The card: H100 SXM 80 GB, H200, B200 or A100 SXM 80 GB."""
+        gpus: int = 1
+        """How many, with the batch in equal parts."""
+        hours_price: float | None = None
+        """Price of a GPU for an hour, in any currency."""
+
+    description = (
+        "Compute what a run of a preset needs, on cards that need not be here; nothing is measured. Without data it is "
+        "ImageNet's latents.\n\nExample: lsep plan sit-xl-2-256 --gpu h100 --gpus 8 --hours-price 2.5"
+    )
+    args = parse(PlanArgs, flags, f"lsep plan {name}", description, PlanArgs(config=start))
+
+    from lsep.cost.cards import CARDS
+    from lsep.cost.sheet import Request, sheet
+
+    print(sheet(Request(name, args.config, CARDS[args.gpu], args.gpus, args.hours_price)), end="")
+
+
 @dataclass(frozen=True)
 class SampleArgs:
     """Flags of `lsep sample`; what is None comes from the run's configuration."""
@@ -256,7 +288,22 @@ def checkpoint(argv: Args) -> None:
 
 COMMANDS: dict[str, Callable[[Args], None]] = {
     c.__name__.rstrip("_"): c
-    for c in (train, sample, evaluate, probe, report, import_, export, checkpoint, ema, data, presets, profile, doctor)
+    for c in (
+        train,
+        plan,
+        sample,
+        evaluate,
+        probe,
+        report,
+        import_,
+        export,
+        checkpoint,
+        ema,
+        data,
+        presets,
+        profile,
+        doctor,
+    )
 }
 
 

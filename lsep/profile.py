@@ -204,7 +204,8 @@ def table(found: trace.Profile, steps: int, work: dict[str, Work], rates: Rates)
     row("**step**", found.items, f"{1000 * whole:.3f}")
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     note = (
-        f"{steps} steps, under the profiler. Floor: the room's matrix products at {rates.flops / 1e12:.3g} TFLOP/s and "
-        f"its bytes at {rates.bytes / 1e9:.3g} GB/s, a product and a copy measured before the window."
+        f"{steps} steps, under the profiler. Floor: of each operation the longer of its FLOPs at "
+        f"{rates.flops / 1e12:.3g} TFLOP/s and its bytes at {rates.bytes / 1e9:.3g} GB/s, a product and a copy "
+        "measured before the window."
     )
     return "\n".join([*lines, "", note, ""])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench import scaling_check, scaling_model
-from bench.scaling_model import MODES, Cluster, Step, Work, collective, ddp, exposed, fsdp, ring, step
 from lsep.config import Config, override
+from lsep.cost.cluster import MODES, Cluster, Step, Work, collective, ddp, exposed, fsdp, ring, step
 from lsep.errors import UserError
 from lsep.presets import PRESETS
 

@@ -61,7 +61,8 @@ def test_where_a_step_fits_the_end_of_the_probe_and_of_the_run_fit(latents: Path
 
 def train(latents: Path, out: Path, *flags: str, preset: str = "sit-b-2-256", **settings: object) -> Result:
     # DALI brings a CUDA runtime of its own, which the stand-in cannot go before.
-    few = "--data.loader torch --train.steps 5 --train.sample-every 0 --sample.num 2 --sample.steps 1 --train.log-every 2".split()
+    few = "--data.loader torch --train.steps 5 --train.sample-every 0 --train.log-every 2".split()
+    few += "--sample.num 2 --sample.steps 1".split()
     command = ["-m", "lsep", "train", preset, "--data.path", str(latents), "--run-dir", str(out), *few, *flags]
     return run(command, timeout=400, **settings)
 

@@ -3,9 +3,9 @@
 The counts follow what the operators save (`save_for_backward` in `lsep_kernels`), what `lsep.memory` lets them keep,
 and the order in which a compiled block drops it. In widths of a token, D elements each, a block keeps
 
-    keep                    14   qkv 3, attention's, proj's, stream, MLP's input, z 4, MLP's result, stream, next h
+    keep                    14   qkv 3, result of attention and of proj, stream, MLP's input, z 4 and result, stream, h
     recompute-elementwise   12   the same without the first stream and the MLP's result
-    recompute-blocks         2   stream and next h
+    recompute-blocks         2   stream and h, the next block's input
 
 With `--backend.mlp torch` GELU's result is kept besides (4), as it is for the main rows of the probed block always.
 

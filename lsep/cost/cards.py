@@ -89,7 +89,7 @@ CARDS: dict[str, Known] = {
 }  # fmt: skip
 
 
-def nearest(capability: tuple[int, int], memory: int) -> Known:
-    """The known card that is most like a GPU: of its generation, else H100; of several that whose memory is nearest."""
+def nearest(capability: tuple[int, int]) -> Known:
+    """The slowest known card of a GPU's generation, else H100."""
     alike = [c for c in CARDS.values() if c.capability[0] == capability[0]] or [CARDS["h100"]]
-    return min(alike, key=lambda card: abs(card.memory - memory))
+    return min(alike, key=lambda card: card.product)

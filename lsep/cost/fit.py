@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lsep import backends
+from lsep.backends import Choice
 from lsep.config import Config
 from lsep.cost.cards import CARDS, Known, nearest
 from lsep.cost.memory import after_setup, step_memory
@@ -48,8 +49,8 @@ class Setting:
     @property
     def flags(self) -> str:
         """As on the command line."""
-        policy = f" --train.memory {self.memory}" if self.memory != "keep" else ""
-        return f"--optim.accumulate {self.accumulate}{policy}"
+        recomputed = f" --train.memory {self.memory}" if self.memory != "keep" else ""
+        return f"--optim.accumulate {self.accumulate}{recomputed}"
 
     def applied(self, config: Config) -> Config:
         """`config` with this setting."""
@@ -95,6 +96,17 @@ def fit(config: Config, device: Device, probe_classes: int, free: int, processes
     return Fit(fitting[0] if fitting else None, fitting, min(settings, key=lambda s: s.needed))
 
 
+def policy(config: Config) -> Policy:
+    """`train.memory` of `config`; auto, where it was not settled, keeps."""
+    return "keep" if config.train.memory == "auto" else config.train.memory
+
+
+def needed(config: Config, choice: Choice, probe_classes: int, peak: int) -> int:
+    """Bytes that must be free for a step whose peak is `peak`."""
+    fixed, share = RESERVE[policy(config)]
+    return peak + fixed + int(share * (peak - after_setup(config, choice, probe_classes).total()))
+
+
 def _order(config: Config, setting: Setting, processes: int) -> tuple[bool, float]:
     images = config.train.batch_size // (processes * setting.accumulate)
     first = setting.memory == "keep" and images >= SMALLEST
@@ -106,11 +118,9 @@ def setting_of(config: Config, device: Device, probe_classes: int, processes: in
     probe = config.probe.enabled and config.probe.end_step != 0
     choice = backends.decide(config, device, processes)
     peak = sum(step_memory(config, choice, probe_classes, probe, processes).values())
-    time = seconds(step_time(_own(config, processes), choice, probe_classes, _known(device), probe))
-    policy: Policy = "keep" if config.train.memory == "auto" else config.train.memory
-    fixed, share = RESERVE[policy]
-    needed = peak + fixed + int(share * (peak - after_setup(config, choice, probe_classes).total()))
-    return Setting(config.optim.accumulate, policy, peak, needed, time)
+    time = seconds(step_time(own_part(config, processes), choice, probe_classes, _known(device), probe))
+    whole = needed(config, choice, probe_classes, peak)
+    return Setting(config.optim.accumulate, policy(config), peak, whole, time)
 
 
 def _settings(config: Config, device: Device, probe_classes: int, processes: int) -> list[Setting]:
@@ -136,7 +146,7 @@ def _divisors(config: Config, processes: int) -> list[int]:
     return found
 
 
-def _own(config: Config, processes: int) -> Config:
+def own_part(config: Config, processes: int) -> Config:
     """One process's part of the batch as a configuration of its own."""
     return replace(config, train=replace(config.train, batch_size=config.train.batch_size // processes))
 
@@ -144,4 +154,4 @@ def _own(config: Config, processes: int) -> Config:
 def _known(device: Device) -> Known:
     if device.type != "cuda":
         return CARDS["h100"]
-    return nearest(capability(device), 0)
+    return nearest(capability(device))

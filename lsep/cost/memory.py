@@ -33,6 +33,8 @@ def unmodelled(config: Config, device: Device, processes: int = 1) -> str | None
         return f"the memory of a step is modelled for GPUs, and the device is {device.type}"
     if processes > 1 and config.dist.mode != "ddp":
         return f"the memory of weights in shards (--dist.mode {config.dist.mode}) is not modelled"
+    if config.align.encoder is not None:
+        return "the memory and time of an encoder that runs beside the training (--align.encoder) are not modelled"
     if config.backend.kernels == "reference":
         return "the memory of --backend.kernels reference is not modelled: what it keeps is for the compiler to say"
     return None
@@ -82,11 +84,8 @@ def _moments(config: Config, choice: Choice, probe_classes: int, probe: bool, pr
     # The gradients of the modulations' results add up until the modulation's own backward.
     sums = shapes.element * config.model.hidden_size
     for block in range(depth, 0, -1):
-        done = (
-            count.classifier
-            + count.final
-            + (depth - block) * (count.block + (not choice.joint_modulation) * count.modulation)
-        )
+        of_block = count.block if choice.joint_modulation else count.block + count.modulation
+        done = count.classifier + count.final + (depth - block) * of_block
         rows = sum(6 * shapes.rows(later) for later in range(block + 1, depth + 1)) + 5 * shapes.rows(block)
         yield base + below[block - 1] + _named(backward(shapes, block), f" (at block {block})") + Counter({
             GRADIENTS: gradient * (count.total if standing else done), MODULATION: sums * rows,
