@@ -72,6 +72,8 @@ class Run:
         if self.config_file.exists():
             changed = differences(self.config(), config)
             before, after = asdict(self.manifest()), asdict(manifest)
+            if before["latents"] is None:  # not said by an earlier version: it may be the same data, packed again
+                before["latents"] = after["latents"]
             # The data may have moved, but it must be the same data.
             changed += [
                 f"data's {k}: {shown(before[k])} -> {shown(after[k])}"

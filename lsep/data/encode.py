@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from lsep.data.images import center_crop, decoded, in_cuts, list_images, load_image
+from lsep.data.latents import SD_SCALE, encoder_fingerprint, raw
 from lsep.data.manifest import Ids
 from lsep.data.writer import Block, Header, build
 from lsep.errors import UserError
@@ -99,16 +100,18 @@ class Encoder:
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if recipe.size % factor:
             raise UserError(f"--size is {recipe.size}, expected a multiple of {factor}, by which the VAE downsamples")
+        channels = int(vae.config.latent_channels)
         scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
         self.header = Header(
             kind="moments",
-            shape=(int(vae.config.latent_channels), recipe.size // factor, recipe.size // factor),
+            shape=(channels, recipe.size // factor, recipe.size // factor),
             dtype=recipe.dtype,
             num_classes=len(images.names),
             class_names=images.names,
-            scale=0.18215 if scale is None else float(scale),
+            scale=SD_SCALE if scale is None else float(scale),
             shift=0.0 if shift is None else float(shift),
             flips=recipe.flips,
+            latents=raw(channels, SD_SCALE if scale is None else float(scale), encoder_fingerprint(vae)),
         )
         self.rows = len(images.paths)
         self._images, self._recipe, self._device = images, recipe, device

@@ -7,6 +7,7 @@ Nothing is guessed: what fits two forms, or none, is an error that asks for `--f
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from lsep.data.digits import Digits
 from lsep.data.forms_npy import NpyRows, Tree, count_classes, each, json_labels, npy_array
 from lsep.data.forms_shards import LightningDiT
 from lsep.data.images import SUFFIXES, center_crop, list_images, load_image
+from lsep.data.latents import SD_SCALE, Latents, raw
 from lsep.data.manifest import Ids
 from lsep.data.shards import header as read_header
 from lsep.data.writer import Block, BlockSource, Header
@@ -98,13 +100,16 @@ def _open_moments(path: Path, scale: float, num_classes: int | None, form: str) 
             f"(these look like log-variances)"
         )
     classes = count_classes(labels, num_classes, lambda i: f"{tree.where(_join(base, 'dataset.json'))}: {names[i]}")
-    change = _normalise_edm2 if form == "edm2" else None
-    return NpyRows(tree, names, labels, "moments", 8, scale, classes, change)
+    if form == "repa":
+        return NpyRows(tree, names, labels, "moments", 8, scale, classes, latents=lambda c: raw(c, SD_SCALE))
+    mean, std = (tuple(map(float, v)) for v in (EDM2_MEAN, EDM2_STD))
+    latents = Latents(mean, std, float(EDM2_TARGET), SD_SCALE)
+    return NpyRows(tree, names, labels, "moments", 8, scale, classes, _normalise_edm2, lambda c: latents)
 
 
 def open_repa(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
     """REPA's moments: mean and std of an SD VAE, unscaled; the model sees 0.18215 times a sample."""
-    return _open_moments(path, 0.18215 if scale is None else scale, num_classes, "repa")
+    return _open_moments(path, SD_SCALE if scale is None else scale, num_classes, "repa")
 
 
 def open_edm2(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
@@ -159,7 +164,10 @@ def open_fast_dit(path: Path, scale: float | None, num_classes: int | None) -> N
 
     each(fill, len(names))
     classes = count_classes(labels, num_classes, lambda i: tree.where(labelled[i]))
-    return NpyRows(tree, names, labels, "samples", 4, 1.0 if scale is None else scale, classes)
+    return NpyRows(
+        tree, names, labels, "samples", 4, 1.0 if scale is None else scale, classes,
+        latents=lambda c: replace(raw(c, SD_SCALE), factor=SD_SCALE),
+    )  # fmt: skip
 
 
 _OPEN: dict[str, Callable[[Path, float | None, int | None], BlockSource]] = {

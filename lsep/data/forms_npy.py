@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lsep.data.latents import Latents, raw
 from lsep.data.manifest import Ids, Kind
 from lsep.data.writer import Block, Header
 from lsep.errors import UserError
@@ -187,7 +188,9 @@ class NpyRows:
         scale: float,
         num_classes: int,
         change: Callable[[np.ndarray], np.ndarray] | None = None,
+        latents: Callable[[int], Latents] = raw,
     ) -> None:
+        """latents: what is said of them, by their channels, `change` included."""
         self.tree, self.names, self.labels = tree, names, labels
         self.rows, self._change = len(names), change
         where = tree.where(names[0])
@@ -200,7 +203,9 @@ class NpyRows:
             raise UserError(f"{where}: {first.dtype} found, expected float32 (or float16)")
         self.row_shape, self.dtype = shape, first.dtype
         latent = shape[0] // 2 if kind == "moments" else shape[0]
-        self.header = Header(kind, (latent, shape[1], shape[2]), first.dtype.name, num_classes, scale=scale)
+        self.header = Header(
+            kind, (latent, shape[1], shape[2]), first.dtype.name, num_classes, scale=scale, latents=latents(latent)
+        )
 
     def row(self, i: int) -> tuple[np.ndarray, bytes, NpyHeader]:
         """Row i as `row_shape`, with its file's bytes and header, checked against the first row."""

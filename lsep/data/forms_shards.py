@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lsep.data.forms_npy import DTYPES, count_classes
+from lsep.data.latents import SD_SCALE, Latents, raw
 from lsep.data.shards import Column, header
 from lsep.data.writer import Block, Header
 from lsep.errors import UserError
@@ -47,11 +48,17 @@ class LightningDiT:
         self.header = Header(
             "samples", (channels, height, width), latents[0].dtype.name, classes,
             scale=1.0 if scale is None else scale, flips="latents_flip" in self.columns[0],
+            latents=self._latents(channels, scale),
         )  # fmt: skip
 
     def _name(self, row: int) -> str:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self.files[shard]}: row {row - int(self._starts[shard])}"
+
+    def _latents(self, channels: int, scale: float | None) -> Latents:
+        if self.mean is None or self.std is None:
+            return raw(channels, SD_SCALE if scale == SD_SCALE else None)
+        return Latents(tuple(self.mean.tolist()), tuple(self.std.tolist()))
 
     def scale_shift(self) -> tuple[float, float] | None:
         """Scale and shift that stand for the statistics when all channels share them, else None."""

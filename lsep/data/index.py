@@ -19,6 +19,7 @@ import numpy as np
 from lsep.data.forms import open_form, recognise
 from lsep.data.forms_npy import NpyRows, each
 from lsep.data.forms_shards import STATS, LightningDiT, read_rows
+from lsep.data.latents import raw
 from lsep.data.manifest import Ids
 from lsep.data.shards import columns_crc32, inside
 from lsep.data.store import FORMAT
@@ -58,7 +59,8 @@ def index(
                 f"{folder / STATS}: mean and std differ between channels, expected one for all to use the shards in "
                 f"place: use 'lsep data pack' instead"
             )
-        header = replace(header, scale=expressed[0], shift=expressed[1])
+        own = raw(header.shape[0]) if source.mean is not None else header.latents  # in place they are not normalised
+        header = replace(header, scale=expressed[0], shift=expressed[1], latents=own)
     assert isinstance(source, LightningDiT | NpyRows)
     from tqdm import tqdm
 

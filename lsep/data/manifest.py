@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lsep.data import latents as latents_of
+from lsep.data.latents import Latents
 from lsep.errors import UserError, one_line, shown
 
 Ids = npt.NDArray[np.int64]
@@ -56,6 +58,8 @@ class Manifest:
     """Every row has a second, mirrored variant."""
     encoder: Origin | None = None
     """Of features, where it is known."""
+    latents: Latents | None = None
+    """Of moments and samples: the way back to what their VAE decodes; None where an earlier version did not say."""
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
@@ -99,10 +103,13 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         and all(isinstance(encoder[k], str) and one_line(encoder[k]) for k in ("name", "sha256"))
     ):  # fmt: skip
         raise fail("encoder", "null, or name, size and sha256 of an encoder")
+    if value.get("latents") is not None and kind not in ("moments", "samples"):
+        raise fail("latents", "null, as the kind is neither moments nor samples")
     return Manifest(
         source=source, kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype, rows=rows, num_classes=classes,
         probe_classes=probe_classes or classes, class_names=tuple(names), scale=float(value["scale"]),
         shift=float(value["shift"]), flips=flips, encoder=None if encoder is None else Origin(**encoder),
+        latents=latents_of.parse(value.get("latents"), shape[0], where),
     )  # fmt: skip
 
 

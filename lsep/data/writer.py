@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lsep.data import latents as latents_of
+from lsep.data.latents import Latents
 from lsep.data.manifest import Ids, Kind, Origin
 from lsep.data.shards import columns_crc32
 from lsep.data.shards import header as read_header
@@ -45,6 +47,12 @@ class Header:
     """Blocks bring a mirrored variant of every row."""
     encoder: Origin | None = None
     """Of features."""
+    latents: Latents | None = None
+    """Of moments and samples: how they came from the VAE's; None stands for latents stored as it encodes them."""
+
+    def __post_init__(self) -> None:
+        if self.latents is None and self.kind in ("moments", "samples"):
+            object.__setattr__(self, "latents", latents_of.raw(self.shape[0]))
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
@@ -221,8 +229,9 @@ def write_manifest(folder: Path, header: Header, entries: list[dict[str, Any]]) 
     """Write manifest.json, in one step."""
     fields = asdict(header)
     del fields["flips"]  # the shards' flip_offset says it
-    if header.encoder is None:
-        del fields["encoder"]
+    for name in ("encoder", "latents"):
+        if fields[name] is None:
+            del fields[name]
     manifest = {"format": FORMAT, "version": VERSION, **fields, "shards": entries}
     try:
         replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
@@ -262,14 +271,18 @@ def write_store(
     scale: float = 1.0,
     shift: float = 0.0,
     shard_rows: int = 8192,
+    latents: Latents | None = None,
 ) -> None:
-    """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store."""
+    """Write rows x `(N, *row_shape)` (float32, float16 or uint8) and labels `(N,)` as a store.
+
+    `latents`: how they came from those their VAE decodes, where they are not stored as it encodes them.
+    """
     for name, column in (("y", y), ("probe_y", probe_y), ("flip", flip)):
         if column is not None and len(column) != len(x):
             raise UserError(f"{path}: {name} has {len(column)} rows, expected {len(x)} as x")
     channels = x.shape[1] // 2 if kind == "moments" else x.shape[1]
     header = Header(
         kind, (channels, x.shape[2], x.shape[3]), x.dtype.name, num_classes, probe_classes, class_names, scale, shift,
-        flip is not None,
+        flip is not None, latents=latents,
     )  # fmt: skip
     build(_Arrays(header, len(x), Block(x, y, probe_y, flip)), Path(path), shard_rows, progress=False)
