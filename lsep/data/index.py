@@ -21,8 +21,10 @@ from lsep.data.forms_npy import NpyRows, each
 from lsep.data.forms_shards import STATS, LightningDiT, read_rows
 from lsep.data.latents import raw
 from lsep.data.manifest import Ids
+from lsep.data.regular import open_regular, read_regular
 from lsep.data.shards import columns_crc32, inside
 from lsep.data.store import FORMAT
+from lsep.data.tree import JSON_LIMIT
 from lsep.data.writer import replace_file, write_manifest
 from lsep.errors import UserError
 
@@ -82,7 +84,7 @@ def _refuse_foreign(manifest: Path) -> None:
     if not manifest.exists():
         return
     try:
-        value = json.loads(manifest.read_bytes())
+        value = json.loads(read_regular(manifest, JSON_LIMIT))
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -103,7 +105,7 @@ def _packed_entry(source: LightningDiT, k: int, bar: Any) -> dict[str, Any]:
             bad[start:stop] |= _not_finite(x)
         bar.update(stop - start)
     inside(source.folder, file.name)
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     sidecar = f"{SIDECARS}/columns-{k:05d}.safetensors"
     labels = read_rows(file, columns["labels"], 0, rows)

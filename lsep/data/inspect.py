@@ -8,6 +8,7 @@ import numpy as np
 
 from lsep.data.latents import of_vae
 from lsep.data.manifest import CorruptRow, Flips, Ids, Manifest, Source
+from lsep.data.regular import open_regular
 from lsep.data.shards import Shard
 from lsep.data.store import Store, read_manifest
 from lsep.errors import UserError
@@ -75,13 +76,22 @@ def _whole_or_one_by_one(store: Store, ids: Ids, flip: bool) -> list[Ids]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: str) -> Store:
+    """A store of any kind, or that of the digits."""
+    if path == "digits" and not Path(path).exists():
+        from lsep.data.digits import open_digits
+
+        return open_digits()
+    return Store(path)
 
 
 def describe(path: str, rows: int = 2048) -> str:
     """Counts of each class, and statistics of the model's input over up to `rows` rows."""
-    store = Store(path)
+    store = _opened(path)
     m = store.manifest
     variants = ", with mirror images" if m.flips else ""
     c, h, w = m.shape
@@ -164,7 +174,7 @@ def picture(path: str, file: Path, vae: str | None = None, rows: int = 16) -> No
 
     from lsep.sample import save_grid, to_images
 
-    store = Store(path)
+    store = _opened(path)
     m = store.manifest
     ids = np.linspace(0, m.rows - 1, min(rows, m.rows)).astype(np.int64)
     x = torch.from_numpy(_centres(store, ids).astype(np.float32))

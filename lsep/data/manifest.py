@@ -18,6 +18,8 @@ Flips = npt.NDArray[np.bool_]
 Kind = Literal["moments", "samples", "pixels", "features"]
 KINDS = ("moments", "samples", "pixels", "features")
 DTYPES = ("float32", "float16", "uint8")
+MOST_CLASSES = 2**31
+"""More than a reader takes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Manifest:
     """Of features, where it is known."""
     latents: Latents | None = None
     """Of moments and samples: the way back to what their VAE decodes; None where an earlier version did not say."""
+    labelled: bool = True
+    """False of data without labels: every row's is 0, and the model is unconditional."""
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
@@ -87,7 +91,7 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         raise fail("dtype", "uint8 for pixels, float32 or float16 for latents and features")
     classes, probe_classes = value.get("num_classes"), value.get("probe_classes")
     for name, count in (("num_classes", classes), ("probe_classes", probe_classes)):
-        if (type(count) is not int or not 0 < count < 2**31) and not (name == "probe_classes" and count is None):
+        if (type(count) is not int or not 0 < count < MOST_CLASSES) and not (name == "probe_classes" and count is None):
             raise fail(name, "a count")
     names = value.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -105,11 +109,15 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         raise fail("encoder", "null, or name, size and sha256 of an encoder")
     if value.get("latents") is not None and kind not in ("moments", "samples"):
         raise fail("latents", "null, as the kind is neither moments nor samples")
+    labelled = value.get("labelled", True)
+    if not isinstance(labelled, bool):
+        raise fail("labelled", "true or false")
     return Manifest(
         source=source, kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype, rows=rows, num_classes=classes,
         probe_classes=probe_classes or classes, class_names=tuple(names), scale=float(value["scale"]),
         shift=float(value["shift"]), flips=flips, encoder=None if encoder is None else Origin(**encoder),
         latents=latents_of.parse(value.get("latents"), shape[0], where),
+        labelled=labelled,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lsep.data.manifest import Flips, Ids, Manifest, Rows, parse
 from lsep.data.native import library, read_rows
+from lsep.data.regular import read_regular
 from lsep.data.shards import Entry, Shard
 from lsep.errors import UserError, shown, told
 
@@ -152,11 +153,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, list[Entry]]:
     """The manifest of a store and its shards; every field is checked, see docs/store.md."""
     path = folder / "manifest.json"
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, expected at most {_JSON_LIMIT}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, _JSON_LIMIT))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--data.path {folder}: no manifest.json there, expected a store or 'digits'") from None
+        raise UserError(f"{folder}: no manifest.json there, expected a store or 'digits'") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

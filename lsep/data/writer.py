@@ -10,6 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import stat
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -22,10 +25,10 @@ import numpy as np
 from lsep.data import latents as latents_of
 from lsep.data.latents import Latents
 from lsep.data.manifest import Ids, Kind, Origin
-from lsep.data.shards import columns_crc32
+from lsep.data.shards import columns_crc32, read_metadata
 from lsep.data.shards import header as read_header
 from lsep.data.store import FORMAT, VERSION
-from lsep.errors import UserError, told
+from lsep.errors import UserError, shown, told
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Header:
     """Of features."""
     latents: Latents | None = None
     """Of moments and samples: how they came from the VAE's; None stands for latents stored as it encodes them."""
+    labelled: bool = True
+    """False of data without labels, whose rows all have label 0."""
 
     def __post_init__(self) -> None:
         if self.latents is None and self.kind in ("moments", "samples"):
@@ -68,6 +73,8 @@ class Block(NamedTuple):
     probe_y: Ids | None = None
     flip: np.ndarray | None = None
     paths: list[str] | None = None
+    passed_over: list[str] | None = None
+    """One sentence for each row of the range that is damaged and left out."""
 
 
 class BlockSource(Protocol):
@@ -88,11 +95,12 @@ def build(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
-    identity: str = "",
+    identity: str | dict[str, Any] = "",
 ) -> None:
     """Write `source` as a store into `out`; processes deal the shards among them, rank 0 writes the manifest.
 
-    `identity` names what is written: an unfinished build of another one is not continued.
+    `identity` names what is written: an unfinished build of another one is not continued. Rows that the source leaves
+    out are missing from their shards, and PASSED says why.
     """
     from tqdm import tqdm
 
@@ -105,7 +113,8 @@ def build(
         if rank:  # the shards were whole, and rank 0 was faster
             return
         raise UserError(f"{out}: holds a finished store already, expected an empty or a new folder")
-    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows, "identity": identity}, rank)
+    named = identity if isinstance(identity, dict) else {"identity": identity}
+    _claim(out, {**asdict(source.header), "rows": source.rows, "shard_rows": shard_rows, **named}, rank)
     for k in tqdm(range(rank, len(files), world), disable=not progress, unit="shard"):
         if not (out / files[k]).exists():
             stop = min(source.rows, (k + 1) * shard_rows)
@@ -113,10 +122,26 @@ def build(
     if rank == 0:
         while not all((out / f).exists() for f in files):
             time.sleep(0.1)
-        write_manifest(out, source.header, [entry_of(out, f, source.header) for f in files])
-        (out / _PLAN).unlink()
+        _finish(out, source.header, files)
 
 
+def _finish(out: Path, header: Header, files: list[str]) -> None:
+    """The manifest of whole shards, and the list of what was left out."""
+    entries = [entry_of(out, f, header) for f in files]
+    passed = [line for f in files for line in read_metadata(out / f).get(_PASSED_KEY, "").splitlines()]
+    if not any(entry["rows"] for entry in entries):
+        raise UserError(f"{out}: none of {len(passed)} images could be read, expected at least one ({passed[0]})")
+    if passed:
+        replace_file(out / PASSED, "".join(f"{line}\n" for line in passed).encode())
+        print(f"{out}: {len(passed)} images could not be read and are left out, see {out / PASSED}", file=sys.stderr)
+    write_manifest(out, header, [entry for entry in entries if entry["rows"]])
+    (out / _PLAN).unlink()
+    for left in out.glob(".*.tmp"):  # of a build that was killed; all processes are done
+        left.unlink(missing_ok=True)
+
+
+PASSED = "passed-over.txt"
+_PASSED_KEY = "passed_over"
 _WANTED = "uint8 for pixels, float32 or float16 for latents"
 
 
@@ -138,10 +163,22 @@ def _claim(out: Path, plan: dict[str, Any], rank: int) -> None:
             replace_file(out / _PLAN, text.encode())
         while not (out / _PLAN).exists():
             time.sleep(0.1)
-        if (out / _PLAN).read_text() != text:
-            raise UserError(f"{out}: holds an unfinished build of something else, expected another folder")
+        changed = _changes((out / _PLAN).read_text(), json.loads(text))
+        if changed:
+            raise UserError(
+                f"{out}: holds an unfinished build of something else ({changed}), expected the same, or another folder"
+            )
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _changes(text: str, plan: dict[str, Any]) -> str:
+    """What differs between the plan in a folder and this one; fields that an earlier version did not write do not."""
+    try:
+        before = json.loads(text)
+        return "; ".join(f"{k}: {shown(before[k])} -> {shown(plan.get(k))}" for k in before if before[k] != plan.get(k))
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"{_PLAN} cannot be read, {told(error)}"
 
 
 def _write_shard(path: Path, header: Header, block: Block) -> None:
@@ -173,9 +210,11 @@ def _write_shard(path: Path, header: Header, block: Block) -> None:
         encoded = [p.encode() for p in block.paths]
         tensors["paths"] = np.frombuffer(b"".join(encoded), np.uint8)
         tensors["path_ends"] = np.cumsum([len(p) for p in encoded]).astype(np.int64)
+    said = "\n".join(" ".join(line.split())[:300] for line in block.passed_over or ())
     try:
         with _replacing(path) as temporary:
-            save_file(tensors, temporary)  # a shard can be large: not a second time in memory
+            # A shard can be large: not a second time in memory.
+            save_file(tensors, temporary, metadata={_PASSED_KEY: said} if said else None)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else told(error)
         raise UserError(
@@ -192,10 +231,14 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """The temporary name, under which the file is to be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """The temporary name, which nobody can know before, under which the file is to be written."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)  # as the umask has it; safetensors makes its files readable to us only
+    os.close(fd)
     try:
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -246,7 +289,7 @@ class _Arrays:
     block: Block
 
     def read(self, start: int, stop: int) -> Block:
-        x, y, probe_y, flip, paths = self.block
+        x, y, probe_y, flip, paths, _ = self.block
         cut = slice(start, stop)
         return Block(
             x[cut],
