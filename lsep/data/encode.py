@@ -15,24 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lsep.data import Labels
+from lsep.data import Labels, begun
 from lsep.data.images import decoded, in_cuts
 from lsep.data.latents import SD_SCALE, encoder_fingerprint, raw
-from lsep.data.pictures import Pictures, open_pictures, said
 from lsep.data.pictures import fingerprint as listing_fingerprint
+from lsep.data.pictures import open_pictures, said
 from lsep.data.regular import read_regular
 from lsep.data.squares import OnCorrupt, Squares
 from lsep.data.store import all_finite
 from lsep.data.tree import JSON_LIMIT
 from lsep.data.writer import Block, Header, build, replace_file
-from lsep.errors import UserError, shown, told
+from lsep.errors import UserError, told
 
 if TYPE_CHECKING:
     import torch
 
 SETTINGS = "encode.json"
-LISTING = "encode-images.txt"
-"""Names and labels while it is unfinished, to say what differs in a restart."""
 INSTALL = "pip install diffusers"
 
 
@@ -65,13 +63,15 @@ def encode(
     if rank == 0:
         for line in said(Path(images), pictures.listed):
             print(line, file=sys.stderr)
+    if on_corrupt == "skip":
+        pictures = begun.as_begun(pictures, Path(out) / begun.LISTING)
     recipe = Recipe(size, flips, precision, batch_size, shard_rows, dtype)
     squares = Squares(pictures, size, on_corrupt)
     source = Encoder(squares, load_vae(vae), recipe, pick_device(device, local), Path(out))
     source.compare()
     build(source, Path(out), shard_rows=shard_rows, rank=rank, world=world)
     if rank == 0:
-        (Path(out) / LISTING).unlink(missing_ok=True)
+        (Path(out) / begun.LISTING).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Encoder:
         import torch
 
         if not (self._out / SETTINGS).exists():  # here, once `build` has taken the folder
-            _write(self._out / LISTING, "".join(f"{line}\n" for line in _lines(self._squares.pictures)))
+            _write(self._out / begun.LISTING, "".join(f"{line}\n" for line in begun.lines(self._squares.pictures)))
             _write(self._out / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
         x = np.empty((stop - start, *self.header.row_shape), self.header.dtype)
         flip = np.empty_like(x) if self.header.flips else None
@@ -163,10 +163,10 @@ class Encoder:
             return
         key = differing[0]
         if key == "images":
-            changed = _changed_images(self._out / LISTING, self._squares.pictures)
+            changed = begun.changed(self._out / begun.LISTING, self._squares.pictures)
             raise UserError(
-                f"{path}: this folder was begun with other images{changed}: expected the same ones, with "
-                "--on-corrupt skip where some cannot be read, or another OUT"
+                f"{path}: this folder was begun with other images{changed}: expected the same ones, or "
+                "--on-corrupt skip to go on without those that are gone or cannot be read, or another OUT"
             )
         raise UserError(
             f"{path}: this folder was begun with {key} {found.get(key)!r}, now it is {self._settings[key]!r}: "
@@ -272,24 +272,6 @@ def fingerprint(vae: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _lines(pictures: Pictures) -> list[str]:
-    return [f"{json.dumps(name)} {label}" for name, label in zip(pictures.names, pictures.listed.labels, strict=True)]
-
-
-def _changed_images(listing: Path, pictures: Pictures) -> str:
-    """In parentheses the first image that is gone, new, or of another label, where the earlier list can be read."""
-    try:
-        before, now = read_regular(listing, JSON_LIMIT).decode().splitlines(), _lines(pictures)
-    except (OSError, ValueError):
-        return ""
-    old, new = set(before), set(now)
-    gone = next((line for line in before if line not in new), None)
-    come = next((line for line in now if line not in old), None)
-    counts = f"{len(before)} then and {len(now)} now"
-    said = [f"{what} {shown(line)}" for what, line in (("without", gone), ("with", come)) if line is not None]
-    return f" ({'; '.join([counts, *said])})"
 
 
 def _write(path: Path, text: str) -> None:

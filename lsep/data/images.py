@@ -32,7 +32,7 @@ def load_image(path: Path) -> "Image":
 
 def open_image(path: Path | str, data: bytes | Path) -> "Image":
     """As `load_image` from the bytes of the file `path`, or of what it names in messages."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data if isinstance(data, bytes) else read_regular(data, LIMIT))) as image:
@@ -44,8 +44,16 @@ def open_image(path: Path | str, data: bytes | Path) -> "Image":
             return image.convert("RGB")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: cannot be read as an image ({_beginning(data)})") from None
     except Exception as error:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
         raise UserError(f"{path}: cannot be read as an image ({told(error)})") from None
+
+
+def _beginning(data: Path | bytes) -> str:
+    if isinstance(data, Path):
+        data = read_regular(data, LIMIT)
+    return f"{len(data)} bytes of no known format, beginning {data[:12]!r}" if data else "it is empty"
 
 
 def center_crop(image: "Image", size: int) -> np.ndarray:

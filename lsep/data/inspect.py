@@ -136,10 +136,12 @@ def _encoder(store: Store, ids: Ids) -> list[str]:
 def _classes(store: Store) -> list[str]:
     m = store.manifest
     counts = np.bincount(store.labels, minlength=m.num_classes)
+    if not m.labelled:
+        return ["no labels"]
     lines = [f"{m.num_classes} classes of {counts.min()} to {counts.max()} rows, {(counts == 0).sum()} without any"]
     if m.num_classes <= 20:
-        names = m.class_names or tuple(map(str, range(m.num_classes)))
-        lines += [f"  {names[i] if i < len(names) else i}: {n}" for i, n in enumerate(counts.tolist())]
+        names = [f" {name}" for name in m.class_names] + [""] * m.num_classes
+        lines += [f"  {i}{names[i]}: {n}" for i, n in enumerate(counts.tolist())]
     if m.probe_classes != m.num_classes:
         lines.append(f"{m.probe_classes} classes of the probe's own label")
     return lines
