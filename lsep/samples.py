@@ -104,6 +104,9 @@ class Job:
         for c in request.classes or ():
             if not 0 <= c < self.manifest.num_classes:
                 raise UserError(f"--classes holds {c}, expected from 0 to {self.manifest.num_classes - 1}")
+        unseen = self.manifest.unseen(request.classes) if config.model.conditional else None
+        if unseen and here.main:
+            print(f"{unseen}: the model has not learned them; --classes leaves them out", file=sys.stderr)
         sample.require(config.sample.sampler)
         problem = backends.missing_compiler(here.device) if request.compile else None
         if problem:

@@ -3,6 +3,7 @@
 A source of rows is anything with a `manifest` and `read(ids, flips)`, above all a `Store`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -64,12 +65,29 @@ class Manifest:
     """Of moments and samples: the way back to what their VAE decodes; None where an earlier version did not say."""
     labelled: bool = True
     """False of data without labels: every row's is 0, and the model is unconditional."""
+    unused: tuple[tuple[int, int], ...] = ()
+    """Classes without rows, which a model of this data has not seen, as ranges (first, last)."""
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
         """Shape of a stored row."""
         c, h, w = self.shape
         return (2 * c if self.kind == "moments" else c, h, w)
+
+    def unseen(self, classes: Iterable[int] | None = None) -> str | None:
+        """A sentence on those of `classes` (None: all) that have no rows; None where all have some."""
+        if not self.labelled:
+            return None
+        if classes is None:
+            count = sum(last - first + 1 for first, last in self.unused)
+            which = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in self.unused[:5])
+        else:
+            found = [c for c in dict.fromkeys(classes) if any(a <= c <= b for a, b in self.unused)]
+            count, which = len(found), ", ".join(map(str, found[:5]))
+        if not count:
+            return None
+        more = ", ..." if len(self.unused) > 5 or (classes is not None and count > 5) else ""
+        return f"{count} of {self.num_classes} classes have no rows in {self.source} ({which}{more})"
 
     @property
     def row_bytes(self) -> int:
@@ -109,6 +127,11 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         raise fail("encoder", "null, or name, size and sha256 of an encoder")
     if value.get("latents") is not None and kind not in ("moments", "samples"):
         raise fail("latents", "null, as the kind is neither moments nor samples")
+    unused = value.get("unused", [])
+    if not isinstance(unused, list) or not all(
+        isinstance(r, list) and len(r) == 2 and all(type(n) is int and 0 <= n < classes for n in r) for r in unused
+    ):
+        raise fail("unused", "a list of ranges [first, last] of classes")
     labelled = value.get("labelled", True)
     if not isinstance(labelled, bool):
         raise fail("labelled", "true or false")
@@ -117,7 +140,7 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         probe_classes=probe_classes or classes, class_names=tuple(names), scale=float(value["scale"]),
         shift=float(value["shift"]), flips=flips, encoder=None if encoder is None else Origin(**encoder),
         latents=latents_of.parse(value.get("latents"), shape[0], where),
-        labelled=labelled,
+        labelled=labelled, unused=tuple((first, last) for first, last in unused),
     )  # fmt: skip
 
 

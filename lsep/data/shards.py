@@ -20,8 +20,13 @@ from lsep.errors import UserError, one_line, shown, told
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64"),
-    "U32": np.dtype("uint32"),
+    "U32": np.dtype("uint32"), "BF16": np.dtype([("bfloat16", "<u2")]),
+    "F64": np.dtype("float64"), "I32": np.dtype("int32"), "I16": np.dtype("int16"), "I8": np.dtype("int8"),
+    "U64": np.dtype("uint64"), "U16": np.dtype("uint16"), "BOOL": np.dtype("bool"),
 }  # fmt: skip
+"""Of all tensors a file may hold; which of them a store reads is another matter."""
+BF16 = DTYPES["BF16"]
+"""numpy has no such type: as bits, see `widened`."""
 _HEADER_LIMIT = 16 << 20
 _LAYOUTS = ("packed", "files")
 COLUMNS = ("labels", "probe_labels", "crc32", "crc32_flip")
@@ -111,6 +116,11 @@ def header(path: Path) -> dict[str, Column]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file of a store ({told(error)})") from None
     return found
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float32, which holds every one of them; other arrays as they are."""
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if x.dtype == BF16 else x
 
 
 def read_metadata(path: Path) -> dict[str, str]:

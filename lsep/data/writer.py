@@ -24,7 +24,7 @@ import numpy as np
 
 from lsep.data import latents as latents_of
 from lsep.data.latents import Latents
-from lsep.data.manifest import Ids, Kind, Origin
+from lsep.data.manifest import Ids, Kind, Origin, parse
 from lsep.data.shards import columns_crc32, read_metadata
 from lsep.data.shards import header as read_header
 from lsep.data.store import FORMAT, VERSION
@@ -106,6 +106,7 @@ def build(
 
     if _type_mismatch(source.header):
         raise UserError(f"{out}: {source.header.kind} of type {source.header.dtype}, expected {_WANTED}")
+    require_readable(source.header, source.rows, str(out))
     if source.rows < 1:
         raise UserError(f"{out}: the source has no rows, expected at least one")
     files = [f"shard-{k:05d}.safetensors" for k in range(-(-source.rows // shard_rows))]
@@ -148,6 +149,11 @@ _WANTED = "uint8 for pixels, float32 or float16 for latents"
 def _type_mismatch(header: Header) -> bool:
     """Whether the type is none a store of this kind holds."""
     return header.dtype not in (("uint8",) if header.kind == "pixels" else ("float32", "float16"))
+
+
+def require_readable(header: Header, rows: int, where: str) -> None:
+    """Raise UserError where no reader would take what is about to be written."""
+    parse(json.loads(json.dumps(asdict(header))), where, where, rows, header.flips)
 
 
 _PLAN = "build.json"  # what an unfinished build writes, so that nothing else is continued with it
@@ -320,6 +326,14 @@ def write_store(
 
     `latents`: how they came from those their VAE decodes, where they are not stored as it encodes them.
     """
+    if x.ndim != 4 or (kind == "moments" and x.shape[1] % 2):
+        wanted = "(N, 2C, H, W), mean then std," if kind == "moments" else "(N, C, H, W)"
+        raise UserError(f"{path}: x has shape {x.shape}, expected {wanted}")
+    for name, column in (("y", y), ("probe_y", probe_y)):
+        if column is not None and (column.ndim != 1 or column.dtype.kind not in "iu"):
+            raise UserError(f"{path}: {name} is {column.dtype} {column.shape}, expected integers ({len(x)},)")
+    if flip is not None and len(flip) == len(x) and (flip.shape, flip.dtype) != (x.shape, x.dtype):
+        raise UserError(f"{path}: flip is {flip.dtype} {flip.shape}, expected {x.dtype} {x.shape} as x")
     for name, column in (("y", y), ("probe_y", probe_y), ("flip", flip)):
         if column is not None and len(column) != len(x):
             raise UserError(f"{path}: {name} has {len(column)} rows, expected {len(x)} as x")
