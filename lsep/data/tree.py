@@ -15,7 +15,8 @@ JSON_LIMIT = 256 << 20
 """Bytes of a list of labels: 1.28 million images have 50 MB."""
 ROW_LIMIT = 64 << 20
 """Bytes of one row's file: a latent of 512 pixels has 0.5 MB."""
-
+_LARGE, _RATIO = 16 << 20, 100
+"""Files of an archive above so many bytes must not unpack to more than so many times theirs; lists of labels are 10."""
 Names = list[str]
 
 
@@ -85,9 +86,12 @@ class Tree:
         try:
             if self._zip is None:
                 return read_regular(self.path / name, limit)
-            size = self._zip.getinfo(name).file_size  # more than it says is never unpacked
+            info = self._zip.getinfo(name)
+            size = info.file_size  # more than it says is never unpacked
             if size > limit:
                 raise ValueError(f"{size} bytes found, expected at most {limit}")
+            if size > _LARGE and size > _RATIO * info.compress_size:  # nested lists take 20 times their text in memory
+                raise ValueError(f"{size} bytes packed in {info.compress_size}, expected at most {_RATIO} for each")
             return self._zip.read(name)
         except Exception as error:  # zipfile meets damage with anything from EOFError to UnicodeDecodeError
             found = error.strerror if isinstance(error, OSError) and error.strerror else told(error)
