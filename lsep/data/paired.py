@@ -127,7 +127,7 @@ def _walked(folder: Path) -> list[str]:
         for name in [*folders]:
             path = os.path.join(root, name)  # noqa: PTH118 - as os.walk joins them
             place = os.path.realpath(path)
-            if name.startswith(".") or place in way:  # a link to where we come from has no end
+            if name.startswith(".") or name == "__MACOSX" or place in way:  # a link to where we come from has no end
                 folders.remove(name)
             else:
                 ways[path] = way | {place}
