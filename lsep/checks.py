@@ -206,6 +206,10 @@ def _check_probe(config: Config) -> None:
 
 def resolve(config: Config, manifest: Manifest) -> Config:
     """Fill the model's shape and classes from the data, check one against the other; returns the whole."""
+    if not manifest.labelled:  # nothing to condition on, and nothing for a probe to find
+        config = replace(
+            config, model=replace(config.model, conditional=False), probe=replace(config.probe, enabled=False)
+        )
     check(config)
     channels, height, width = manifest.shape
     _require(height == width, f"{manifest.source}: images are {height} x {width}, expected squares")

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from lsep.data.encode import load_vae
+from lsep.data.latents import require_decoder
 from lsep.data.manifest import Manifest
-from lsep.errors import UserError
 from lsep.sample import Rounding, latents, to_uint8
 
 UNIT = 8
@@ -17,19 +17,19 @@ class Decoder:
     """The decoder of `vae`, a folder or a hub id, for latents as the model sees them."""
 
     def __init__(self, vae: str, manifest: Manifest, rounding: Rounding, device: torch.device) -> None:
-        """Raises UserError where the VAE cannot be had or has other latents."""
+        """Raises UserError where the VAE cannot be had or other latents than it decodes are here."""
         self.vae = load_vae(vae).to(device).eval().requires_grad_(False)
         self.manifest, self.rounding = manifest, rounding
-        channels = int(self.vae.config.latent_channels)
-        if channels != manifest.shape[0]:
-            raise UserError(
-                f"--vae {vae}: its latents have {channels} channels, expected the run's {manifest.shape[0]}"
-            )
+        require_decoder(self.vae, vae, manifest)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> np.ndarray:
-        """uint8 images `(N, H, W, 3)` of latents `(N, C, h, w)`."""
-        x = latents(x, self.manifest)
+        """uint8 images `(N, H, W, 3)` of the model's samples `(N, C, h, w)`."""
+        return self.decode(latents(x, self.manifest))
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> np.ndarray:
+        """As above of latents as the VAE encodes them."""
         filled = torch.cat([x, x[:1].expand(-len(x) % UNIT, -1, -1, -1)])
         images = [to_uint8(self.vae.decode(part).sample, self.rounding) for part in filled.split(UNIT)]
         return np.concatenate(images)[: len(x)]

@@ -71,11 +71,16 @@ class Run:
         """
         if self.config_file.exists():
             changed = differences(self.config(), config)
-            before, after = asdict(self.manifest()), asdict(manifest)
+            said = self._config_json()["manifest"]
+            # What an earlier version did not say is no difference: it may be the same data, packed again.
+            before = {
+                k: v for k, v in asdict(self.manifest()).items() if k in said and not (k == "latents" and v is None)
+            }
+            after = asdict(manifest)
             # The data may have moved, but it must be the same data.
             changed += [
                 f"data's {k}: {shown(before[k])} -> {shown(after[k])}"
-                for k in after
+                for k in before
                 if k != "source" and before[k] != after[k]
             ]
             given = teacher or {}

@@ -21,6 +21,7 @@ from torch import Tensor
 from lsep import averages, backends, checkpoint
 from lsep.backbone import Backbone
 from lsep.config import BackendConfig, Config, SampleConfig
+from lsep.data.latents import as_stored, in_units, of_vae
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
 from lsep.interpolant import Stream, velocity_to_score
@@ -156,8 +157,15 @@ def grid_labels(num: int, num_classes: int) -> Tensor:
 
 
 def to_images(x: Tensor, manifest: Manifest) -> np.ndarray:
-    """uint8 images `(N, H, W, channels)`; of latents a preview, their first three channels from -3 to 3."""
-    return to_uint8(x if manifest.kind == "pixels" else x[:, : 3 if x.shape[1] >= 3 else 1] / 3)
+    """uint8 images `(N, H, W, channels)`; of latents a preview, their first three channels from -3 to 3.
+
+    Where their VAE is known a preview does not depend on how they were normalised on the way in.
+    """
+    if manifest.kind == "pixels":
+        return to_uint8(x)
+    shown = in_units(latents(x, manifest), manifest)
+    x = x if shown is None else shown
+    return to_uint8(x[:, : 3 if x.shape[1] >= 3 else 1] / 3)
 
 
 def to_uint8(x: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
@@ -176,7 +184,12 @@ def to_arrays(x: Tensor, manifest: Manifest, rounding: Rounding = "nearest") -> 
 
 def latents(x: Tensor, manifest: Manifest) -> Tensor:
     """From what the model sees to what a VAE decodes."""
-    return x / manifest.scale + manifest.shift
+    return of_vae(x / manifest.scale + manifest.shift, manifest)
+
+
+def seen(z: Tensor, manifest: Manifest) -> Tensor:
+    """The inverse of `latents`: from what a VAE decodes to what the model sees."""
+    return (as_stored(z, manifest) - manifest.shift) * manifest.scale
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: int = 48) -> None:

@@ -104,6 +104,9 @@ class Job:
         for c in request.classes or ():
             if not 0 <= c < self.manifest.num_classes:
                 raise UserError(f"--classes holds {c}, expected from 0 to {self.manifest.num_classes - 1}")
+        unseen = self.manifest.unseen(request.classes) if config.model.conditional else None
+        if unseen and here.main:
+            print(f"{unseen}: the model has not learned them; --classes leaves them out", file=sys.stderr)
         sample.require(config.sample.sampler)
         problem = backends.missing_compiler(here.device) if request.compile else None
         if problem:
@@ -136,7 +139,7 @@ class Job:
             raise UserError(
                 f"--autoguidance {path}: its model is {found_kind}, expected {wanted} as in {self.run.path}"
             )
-        for name in ("kind", "shape", "num_classes", "scale", "shift"):
+        for name in ("kind", "shape", "num_classes", "scale", "shift", "latents"):
             own, there = getattr(self.manifest, name), getattr(manifest, name)
             if own != there:
                 raise UserError(f"--autoguidance {path}: its {name} is {there}, expected {own} as in {self.run.path}")
@@ -245,7 +248,7 @@ def _pictures(images: np.ndarray, manifest: Manifest) -> np.ndarray:
     """For the grid: images, or a preview of latents."""
     if images.dtype == np.uint8:
         return images
-    return sample.to_images((torch.from_numpy(images) - manifest.shift) * manifest.scale, manifest)
+    return sample.to_images(sample.seen(torch.from_numpy(images), manifest), manifest)
 
 
 def _identity(run: Run, step: int) -> str:

@@ -6,6 +6,7 @@ The step itself is a function of tensors alone, without a host sync, and so a CU
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,6 +107,11 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         require_wandb()
     source = open_source(config.data)
     config = resolve(config, source.manifest)
+    if world.main:
+        notes = [source.manifest.unseen() if config.model.conditional else None]
+        notes += [None if source.manifest.labelled else "no labels: the model is unconditional, and the probe is off"]
+        for note in filter(None, notes):
+            print(note, file=sys.stderr)
     if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
         precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
         config = replace(config, train=replace(config.train, precision=precision))

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,59 @@ def test_an_unreadable_image_is_named(images: Path, vae: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"a/short.jpg: "):
         run(folder.parent, tmp_path / "out", vae)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_damaged_images_are_left_out(images: Path, vae: Path, tmp_path: Path, whole: Path) -> None:
+    """Also where the run ended over one before; the others' rows do not change."""
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    good = (folder / "china/4.jpg").read_bytes()
+    (folder / "china/4.jpg").write_bytes(good[: len(good) // 2])
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="china/4.jpg: cannot be read as an image .* --on-corrupt skip goes on without"):
+        run(folder, out, vae, flips=True)
+    (folder / "flower/6.jpg").unlink()  # and another one goes
+    with pytest.raises(
+        UserError, match=r"begun with other images \(14 then and 13 now; without '\"flower/6.jpg\" 1'\)"
+    ):
+        run(folder, out, vae, flips=True)
+    run(folder, out, vae, flips=True, on_corrupt="skip")
+    found, all_of_them = Store(out), Store(whole)
+    kept = np.array([i for i, path in enumerate(all_of_them.paths()) if path not in ("china/4.jpg", "flower/6.jpg")])
+    assert found.paths() == [all_of_them.paths()[i] for i in kept]
+    assert (
+        found.manifest.class_names == ("china", "flower") and found.labels.tolist() == all_of_them.labels[kept].tolist()
+    )
+    for variant in (False, True):
+        rows = found.read(np.arange(len(kept)), np.full(len(kept), variant)).x
+        np.testing.assert_array_equal(rows, all_of_them.read(kept, np.full(len(kept), variant)).x)
+    lines = (out / "passed-over.txt").read_text().splitlines()
+    assert "china/4.jpg" in lines[0] and "flower/6.jpg: is gone since the encoding was begun" in lines[1]
+    assert not (out / "encode-images.txt").exists() and not (out / "build.json").exists()
+
+
+def test_moments_that_overflow_are_refused(images: Path, vae: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        model.quant_conv.bias[0] += 1e5  # beyond float16's 65,504
+    model.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="china/0.jpg: its moments are not finite in float16, expected --dtype float32"):
+        run(images, tmp_path / "out", tmp_path / "vae")
+    run(images, tmp_path / "single", tmp_path / "vae", dtype="float32")
+    assert Store(tmp_path / "single").read(np.arange(IMAGES)).x[:, 0].min() > 65504
+
+
+def test_labels_are_those_of_dataset_json(images: Path, vae: Path, tmp_path: Path) -> None:
+    names = sorted(path.relative_to(images).as_posix() for path in images.glob("*/*"))
+    shutil.copytree(images, tmp_path / "images")
+    listed = {"labels": [[name, i % 3] for i, name in enumerate(names)]}
+    (tmp_path / "images/dataset.json").write_text(json.dumps(listed))
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "images")
+    for source in ("images", "zipped.zip"):
+        store = Store(run(tmp_path / source, tmp_path / f"out-{source}", vae))
+        assert store.paths() == names and store.labels.tolist() == [i % 3 for i in range(IMAGES)]
 
 
 def test_a_vae_that_cannot_be_used(images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,18 @@
+import errno
 import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lsep.data import stage as stage_module
 from lsep.data.shards import columns_crc32
 from lsep.data.stage import stage
 from lsep.data.store import Store, read_manifest
@@ -182,11 +185,27 @@ def test_a_folder_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
         stage(str(store), tmp_path / "copy", progress=False)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
-def test_a_full_disk(store: Path, tmp_path: Path) -> None:
+def test_a_full_disk(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = read_manifest(store)[1][0].file
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / f".{name}.part").symlink_to("/dev/full")
+
+    read = stage_module._sums
+
+    def full(chunks: Iterable[bytes], item: stage_module.Item, sink: IO[Any] | None = None) -> stage_module.Sums:
+        if item.name != name:
+            return read(chunks, item, sink)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stage_module, "_sums", full)
     with pytest.raises(UserError, match=f"{name}: cannot be written .No space left"):
         stage(str(store), tmp_path / "copy", progress=False)
     assert not (tmp_path / "copy" / "manifest.json").exists()
+
+
+def test_a_link_under_the_temporary_name_is_not_written_through(store: Path, tmp_path: Path) -> None:
+    name = read_manifest(store)[1][0].file
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / f".{name}.part").symlink_to(tmp_path / "precious")
+    stage(str(store), tmp_path / "copy", progress=False)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert contents(tmp_path / "copy") == contents(store)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lsep.arguments import Args, first_arguments, no_flags, parse, wants_help
-from lsep.data import FORMS, Form
+from lsep.data import FORMS, Form, Labels
 from lsep.errors import UserError, nearest
 
 
@@ -30,6 +30,11 @@ class EncodeArgs:
     """Rows of a shard; a killed encoding goes on after its last whole one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode; auto takes a GPU when there is one."""
+    labels: Labels = "auto"
+    """Where labels are: folders (of classes), names (what stands before the first _), none; auto: where dataset.json,
+    tars or parquet say them, else folders."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """An image that cannot be read ends the encoding, or is left out and listed in OUT/passed-over.txt."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class PackArgs:
     """Classes; the largest label plus one when not given."""
     shard_rows: int = 8192
     """Rows of a shard."""
+    labels: Labels = "auto"
+    """imagefolder: where labels are: folders (of classes), names (what stands before the first _), none; auto:
+    dataset.json, tars and parquet say it, else folders."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """imagefolder: an image that cannot be read ends it, or is left out and listed in OUT/passed-over.txt."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,10 @@ def encode(argv: Args) -> None:
     """encode images with a VAE: lsep data encode IMAGES OUT --vae PATH_OR_HUB_ID"""
     (images, out), argv = first_arguments("data encode", ("IMAGES", "OUT"), argv)
     example = "lsep data encode imagenet/train store --vae stabilityai/sd-vae-ft-mse --flips"
-    text = f"Encode an ImageFolder (class/image.jpg) as a store of moments.\n\nExample: {example}"
+    text = (
+        "Encode images as a store of moments: folders of classes, a folder or zip with EDM2's dataset.json, "
+        f"WebDataset's tars or parquet.\n\nExample: {example}"
+    )
     args: EncodeArgs = parse(EncodeArgs, argv, "lsep data encode IMAGES OUT", text)
     from lsep.data.encode import encode as run
 
@@ -123,12 +136,18 @@ def pack(argv: Args) -> None:
     text = f"Make a store. Forms: {', '.join(FORMS)}.\n\nExample: lsep data pack vae-sd store --form repa"
     args: PackArgs = parse(PackArgs, argv, "lsep data pack SOURCE OUT", text)
     from lsep.data.forms import open_form
+    from lsep.data.squares import PixelRows
     from lsep.data.writer import build
 
     if args.shard_rows < 1:
         raise UserError(f"--shard-rows is {args.shard_rows}, expected at least 1")
-    identity = f"{Path(source).resolve()} as {args}"
-    rows = open_form(source, args.form, args.size, args.scale, args.num_classes)
+    rows = open_form(source, args.form, args.size, args.scale, args.num_classes, args.labels, args.on_corrupt)
+    flags = {k: v for k, v in vars(args).items() if k != "on_corrupt"}  # an unfinished store may go on without errors
+    identity = {
+        "source": str(Path(source).resolve()),
+        **flags,
+        "images": rows.identity if isinstance(rows, PixelRows) else None,
+    }
     build(rows, Path(out), args.shard_rows, identity=identity)
     print(out)
 

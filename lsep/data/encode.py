@@ -1,4 +1,4 @@
-"""Images to a store of moments: `encode` runs a diffusers `AutoencoderKL` over a folder of class folders.
+"""Images to a store of moments: `encode` runs a diffusers `AutoencoderKL` over all that `pictures` lists.
 
 Every rank encodes whole shards of its own and batches begin with the shard, so what a shard holds depends neither on
 the number of processes nor on where an earlier run was cut. `encode.json` in the store's folder keeps the settings: a
@@ -8,16 +8,24 @@ restart that differs in one is refused instead of mixing two encodings in one st
 import hashlib
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lsep.data.images import center_crop, decoded, in_cuts, list_images, load_image
-from lsep.data.manifest import Ids
-from lsep.data.writer import Block, Header, build
-from lsep.errors import UserError
+from lsep.data import Labels, begun
+from lsep.data.images import decoded, in_cuts
+from lsep.data.latents import SD_SCALE, encoder_fingerprint, raw
+from lsep.data.pictures import fingerprint as listing_fingerprint
+from lsep.data.pictures import open_pictures, said
+from lsep.data.regular import read_regular
+from lsep.data.squares import OnCorrupt, Squares
+from lsep.data.store import all_finite
+from lsep.data.tree import JSON_LIMIT
+from lsep.data.writer import Block, Header, build, replace_file
+from lsep.errors import UserError, told
 
 if TYPE_CHECKING:
     import torch
@@ -37,45 +45,33 @@ def encode(
     shard_rows: int = 4096,
     device: str = "auto",
     dtype: Literal["float16", "float32"] = "float16",
+    labels: Labels = "auto",
+    on_corrupt: OnCorrupt = "error",
 ) -> None:
-    """Encode `images/<class>/**` at `size` x `size` pixels into the store `out` of rows (2C, H, W): mean, then std.
+    """Encode images at `size` x `size` pixels into the store `out` of rows (2C, H, W): mean, then std.
 
-    `vae` is a folder or a hub id. With `flips` each row has a second variant, the encoding of the mirrored image. Under
-    torchrun every process takes every WORLD_SIZE-th shard on its own GPU. A killed run, started again with the same
-    arguments, continues after its last whole shard.
+    `images` and `labels` are those of `open_pictures`. `on_corrupt`: whether an image that cannot be read ends it or is
+    left out; a run that ended so may go on with skip. `vae` is a folder or a hub id. With `flips` each row has a second
+    variant, the encoding of the mirrored image. Under torchrun every process takes every WORLD_SIZE-th shard on its own
+    GPU. A killed run, started again with the same arguments, continues after its last whole shard.
     """
     for flag, value in (("--size", size), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
         if value < 1:
             raise UserError(f"{flag} is {value}, expected at least 1")
     rank, world, local = ranks()
-    folder = ImageFolder(Path(images), *list_images(Path(images)))
+    pictures = open_pictures(Path(images), labels)
+    if rank == 0:
+        for line in said(Path(images), pictures.listed):
+            print(line, file=sys.stderr)
+    if on_corrupt == "skip":
+        pictures = begun.as_begun(pictures, Path(out) / begun.LISTING)
     recipe = Recipe(size, flips, precision, batch_size, shard_rows, dtype)
-    source = Encoder(folder, load_vae(vae), recipe, pick_device(device, local), Path(out) / SETTINGS)
+    squares = Squares(pictures, size, on_corrupt)
+    source = Encoder(squares, load_vae(vae), recipe, pick_device(device, local), Path(out))
+    source.compare()
     build(source, Path(out), shard_rows=shard_rows, rank=rank, world=world)
-
-
-class ImageFolder(NamedTuple):
-    """Images of a folder, their labels `(N,)` and the class names, in sorted order."""
-
-    root: Path
-    paths: list[Path]
-    labels: Ids
-    names: tuple[str, ...]
-
-    def relative(self, start: int, stop: int) -> list[str]:
-        """Paths of images start to stop - 1 below the folder."""
-        found = [path.relative_to(self.root).as_posix() for path in self.paths[start:stop]]
-        for name in found:
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{self.root}: file name {name!r} is not UTF-8, in which a store keeps paths") from None
-        return found
-
-    def fingerprint(self) -> str:
-        """sha256 of paths and labels: a restart after adding or removing an image is noticed."""
-        pairs = zip(self.relative(0, len(self.paths)), self.labels.tolist(), strict=True)
-        return hashlib.sha256("".join(f"{path}\t{label}\n" for path, label in pairs).encode()).hexdigest()
+    if rank == 0:
+        (Path(out) / begun.LISTING).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -93,28 +89,33 @@ class Recipe:
 class Encoder:
     """Images as rows of moments, for `writer.build`."""
 
-    def __init__(self, images: ImageFolder, vae: Any, recipe: Recipe, device: "torch.device", settings: Path) -> None:
+    def __init__(self, squares: Squares, vae: Any, recipe: Recipe, device: "torch.device", out: Path) -> None:
         import torch
+
+        listed = squares.pictures.listed
 
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if recipe.size % factor:
             raise UserError(f"--size is {recipe.size}, expected a multiple of {factor}, by which the VAE downsamples")
+        channels = int(vae.config.latent_channels)
         scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
         self.header = Header(
             kind="moments",
-            shape=(int(vae.config.latent_channels), recipe.size // factor, recipe.size // factor),
+            shape=(channels, recipe.size // factor, recipe.size // factor),
             dtype=recipe.dtype,
-            num_classes=len(images.names),
-            class_names=images.names,
-            scale=0.18215 if scale is None else float(scale),
+            num_classes=listed.num_classes,
+            class_names=listed.class_names,
+            labelled=listed.labelled,
+            scale=SD_SCALE if scale is None else float(scale),
             shift=0.0 if shift is None else float(shift),
             flips=recipe.flips,
+            latents=raw(channels, SD_SCALE if scale is None else float(scale), encoder_fingerprint(vae)),
         )
-        self.rows = len(images.paths)
-        self._images, self._recipe, self._device = images, recipe, device
-        self._settings_path = settings
+        self.rows = len(listed.labels)
+        self._squares, self._recipe, self._device, self._out = squares, recipe, device, out
         self._settings = {
-            **asdict(recipe), "images": images.fingerprint(), "vae": fingerprint(vae), "device": device.type
+            **asdict(recipe), "images": listing_fingerprint(squares.pictures), "vae": fingerprint(vae),
+            "device": device.type,
         }  # fmt: skip
         self._dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self._vae = vae.to(device=device, dtype=self._dtype).eval().requires_grad_(False)
@@ -125,7 +126,9 @@ class Encoder:
         """Images [start, stop) of the sorted list, encoded in batches counted from `start`."""
         import torch
 
-        remember(self._settings_path, self._settings)  # here, once `build` has taken the folder
+        if not (self._out / SETTINGS).exists():  # here, once `build` has taken the folder
+            _write(self._out / begun.LISTING, "".join(f"{line}\n" for line in begun.lines(self._squares.pictures)))
+            _write(self._out / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
         x = np.empty((stop - start, *self.header.row_shape), self.header.dtype)
         flip = np.empty_like(x) if self.header.flips else None
         at = 0
@@ -134,14 +137,52 @@ class Encoder:
             enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
         )
         with torch.inference_mode(), exact:
-            for pixels in decoded(self._square, in_cuts(start, stop, self._recipe.batch_size)):
+            for pixels in decoded(self._squares, in_cuts(start, stop, self._recipe.batch_size)):
                 batch = torch.from_numpy(pixels).to(self._device)
                 rows = slice(at, at + len(batch))
                 x[rows] = self._moments(batch)
                 if flip is not None:
                     flip[rows] = self._moments(batch.flip(-1))
                 at += len(batch)
-        return Block(x, self._images.labels[start:stop], flip=flip, paths=self._images.relative(start, stop))
+        self._require_finite(x, flip, start)
+        return self._squares.block(start, stop, x, flip)
+
+    def compare(self) -> None:
+        """Raise UserError where an earlier run has begun this folder with other settings or images."""
+        path = self._out / SETTINGS
+        if not path.exists():
+            return
+        try:
+            found = json.loads(read_regular(path, JSON_LIMIT))
+            differing = [k for k in self._settings if found.get(k) != self._settings[k]]
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: cannot be read as JSON settings ({told(error)}), expected those of encode"
+            ) from None
+        if not differing:
+            return
+        key = differing[0]
+        if key == "images":
+            changed = begun.changed(self._out / begun.LISTING, self._squares.pictures)
+            raise UserError(
+                f"{path}: this folder was begun with other images{changed}: expected the same ones, or "
+                "--on-corrupt skip to go on without those that are gone or cannot be read, or another OUT"
+            )
+        raise UserError(
+            f"{path}: this folder was begun with {key} {found.get(key)!r}, now it is {self._settings[key]!r}: "
+            "expected the same settings, or another OUT"
+        )
+
+    def _require_finite(self, x: np.ndarray, flip: np.ndarray | None, start: int) -> None:
+        for part in (x, flip):
+            if part is None or all_finite(part):
+                continue
+            row = start + next(i for i in range(len(part)) if not all_finite(part[i]))
+            wanted = "--dtype float32" if self.header.dtype == "float16" else "a VAE that gives finite numbers"
+            raise UserError(
+                f"{self._squares.pictures.where(row)}: its moments are not finite in {self.header.dtype}, expected "
+                f"{wanted}"
+            )
 
     def _moments(self, pixels: "torch.Tensor") -> np.ndarray:
         """Mean and std `(B, 2C, H, W)` of the posterior of uint8 `pixels` `(B, 3, size, size)`."""
@@ -152,11 +193,8 @@ class Encoder:
             batch = batch.contiguous(memory_format=torch.channels_last)
         posterior = self._vae.encode(batch).latent_dist
         std = torch.exp(0.5 * posterior.logvar.float())  # not posterior.std: under bf16 that is rounded once more
-        # Overflow of float16 becomes infinite here and is counted as non-finite by the writer.
+        # Overflow of float16 becomes infinite here, which `read` refuses.
         return torch.cat([posterior.mean.float(), std], dim=1).to(getattr(torch, self.header.dtype)).cpu().numpy()
-
-    def _square(self, row: int) -> np.ndarray:
-        return center_crop(load_image(self._images.paths[row]), self._recipe.size)
 
 
 def ranks() -> tuple[int, int, int]:
@@ -236,24 +274,9 @@ def fingerprint(vae: Any) -> str:
     return digest.hexdigest()
 
 
-def remember(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of this encoding to `path`, or compare them with those of the run that began it."""
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-            differing = [k for k in settings if found.get(k) != settings[k]]
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: cannot be read as JSON settings ({error}), expected those of encode") from None
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{path}: this folder was begun with {key} {found.get(key)!r}, now it is {settings[key]!r}: "
-                "expected the same settings, or another OUT"
-            )
-        return
+def _write(path: Path, text: str) -> None:
+    """Every process may write: all write the same."""
     try:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # every rank may write: all write the same
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        temporary.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -54,7 +54,7 @@ def write_features(
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}, expected at least 1")
     rank, world, local = ranks()
-    source = open_source(DataConfig(path=store))
+    source = open_source(DataConfig(path=store), flag="")
     pixels, side = source.manifest.kind == "pixels", source.manifest.shape[1]
     if pixels == (images is not None):
         has, want = ("images itself", "no --images") if pixels else ("latents", "--images, the folder of their images")
@@ -69,7 +69,10 @@ def write_features(
     place = pick_device(device, local)
     model = Encoder(encoder, side // patch_size, place, precision == "bf16", "--encoder")
     tokens = Tokens(source, found, model, batch_size, image_size or 8 * side, dtype)
-    identity = f"{precision} {batch_size} {tokens.image_size} {place.type} of {_content(source, found)}"
+    identity = {
+        "precision": precision, "batch_size": batch_size, "image_size": tokens.image_size, "device": place.type,
+        "images_sha256": _content(source, found),
+    }  # fmt: skip
     build(tokens, out, shard_rows or tokens.fitting_rows(), rank, world, identity=identity)
 
 

@@ -6,19 +6,25 @@ Nothing is guessed: what fits two forms, or none, is an error that asks for `--f
 """
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from lsep.data import FORMS
+from lsep.data import FORMS, Labels, pictures_parquet, pictures_tar
 from lsep.data.digits import Digits
-from lsep.data.forms_npy import NpyRows, Tree, count_classes, each, json_labels, npy_array
+from lsep.data.forms_npy import NpyRows, count_classes, each, json_labels, npy_array
 from lsep.data.forms_shards import LightningDiT
-from lsep.data.images import SUFFIXES, center_crop, list_images, load_image
+from lsep.data.images import SUFFIXES
+from lsep.data.latents import SD_SCALE, Latents, raw
 from lsep.data.manifest import Ids
+from lsep.data.pictures import open_pictures, said
 from lsep.data.shards import header as read_header
-from lsep.data.writer import Block, BlockSource, Header
+from lsep.data.squares import OnCorrupt, PixelRows, Squares
+from lsep.data.tree import Tree
+from lsep.data.writer import BlockSource
 from lsep.errors import UserError, nearest
 
 _MEAN_STD, _LATENTS = r"img-mean-std-.*\.npy", r"img-latents-.*\.npy"
@@ -35,7 +41,9 @@ def recognise(path: str | Path) -> str:
     if str(path) == "digits" and not Path(path).exists():
         return "digits"
     folder = Path(path)
-    tree = Tree(folder)
+    if pictures_tar.files(folder) or pictures_parquet.files(folder):
+        return "imagefolder"
+    tree = Tree(folder, "latents or images")
     if folder.is_dir():
         shards = sorted(folder.glob("*.safetensors"))
         if shards and "latents" in read_header(shards[0]):
@@ -48,11 +56,10 @@ def recognise(path: str | Path) -> str:
                 return _repa_or_edm2(tree, names)
             if tree.list(base, _LATENTS):
                 return "speedrundit"
-    if folder.is_dir() and not tree.has("dataset.json") and not tree.has("images/dataset.json"):
-        if any(_has_image(e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")):
-            return "imagefolder"
-        if tree.has("manifest.json"):
-            raise UserError(f"{folder}: has a manifest.json, so it is a store already, expected data to pack")
+    if folder.is_dir() and tree.has("manifest.json"):
+        raise UserError(f"{folder}: has a manifest.json, so it is a store already, expected data to pack")
+    if _holds_images(tree):
+        return "imagefolder"
     raise UserError(f"{folder}: the layout is of no known form, expected --form with one of {', '.join(FORMS)}")
 
 
@@ -62,16 +69,22 @@ def open_form(
     size: int | None = None,
     scale: float | None = None,
     num_classes: int | None = None,
+    labels: Labels = "auto",
+    on_corrupt: OnCorrupt = "error",
 ) -> BlockSource:
     """The data at `path` as a source of blocks; `form` None recognises it.
 
-    `size`: side in pixels of `imagefolder`'s squares. `scale`: instead of the form's own (of `lightningdit` with its
-    statistics: the multiplier after them). `num_classes`: instead of the largest label + 1.
+    `size`: side in pixels of `imagefolder`'s squares; `labels`: where theirs are, see `open_pictures`; `on_corrupt`:
+    whether one that cannot be read ends it or is left out. `scale`: instead of the form's own (of `lightningdit` with
+    its statistics: the multiplier after them). `num_classes`: instead of the largest label + 1.
     """
     if form is None:
         form = recognise(path)
     if form not in FORMS:
         raise UserError(f"--form {form!r} is not known{nearest(form, FORMS)}")
+    for flag, value, default in (("--labels", labels, "auto"), ("--on-corrupt", on_corrupt, "error")):
+        if value != default and form != "imagefolder":
+            raise UserError(f"{flag} {value} with form {form!r}, expected it only with 'imagefolder'")
     if size is not None and (form != "imagefolder" or size < 1):
         raise UserError(f"--size {size} with form {form!r}, expected at least 1, and only with 'imagefolder'")
     if scale is not None and (form in ("edm2", "imagefolder", "digits") or not 0 < scale < float("inf")):
@@ -79,7 +92,7 @@ def open_form(
     if num_classes is not None and num_classes < 1:
         raise UserError(f"--num-classes {num_classes}, expected at least 1")
     if form == "imagefolder":
-        return ImageFolder(Path(path), size, num_classes)
+        return open_images(Path(path), size, num_classes, labels, on_corrupt)
     if form == "digits":
         if num_classes not in (None, Digits.header.num_classes):
             raise UserError(f"--num-classes {num_classes} with form 'digits', expected {Digits.header.num_classes}")
@@ -97,14 +110,17 @@ def _open_moments(path: Path, scale: float, num_classes: int | None, form: str) 
             f"{tree.where(names[0])}: channels 4 to 7 average {means[4:].mean():.2f}, expected standard deviations "
             f"(these look like log-variances)"
         )
-    classes = count_classes(labels, num_classes, lambda i: f"{tree.where(_join(base, 'dataset.json'))}: {names[i]}")
-    change = _normalise_edm2 if form == "edm2" else None
-    return NpyRows(tree, names, labels, "moments", 8, scale, classes, change)
+    classes = _classes(labels, num_classes, tree.where(_join(base, "dataset.json")), names)
+    if form == "repa":
+        return NpyRows(tree, names, labels, "moments", 8, scale, classes, latents=lambda c: raw(c, SD_SCALE))
+    mean, std = (tuple(map(float, v)) for v in (EDM2_MEAN, EDM2_STD))
+    latents = Latents(mean, std, float(EDM2_TARGET), SD_SCALE)
+    return NpyRows(tree, names, labels, "moments", 8, scale, classes, _normalise_edm2, lambda c: latents)
 
 
 def open_repa(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
     """REPA's moments: mean and std of an SD VAE, unscaled; the model sees 0.18215 times a sample."""
-    return _open_moments(path, 0.18215 if scale is None else scale, num_classes, "repa")
+    return _open_moments(path, SD_SCALE if scale is None else scale, num_classes, "repa")
 
 
 def open_edm2(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
@@ -125,7 +141,7 @@ def _normalise_edm2(x: np.ndarray) -> np.ndarray:
 def open_speedrundit(path: Path, scale: float | None, num_classes: int | None) -> NpyRows:
     """SpeedrunDiT's samples; the model sees 0.3099 times a sample."""
     tree, base, names, labels = _named(path, "speedrundit", _LATENTS)
-    classes = count_classes(labels, num_classes, lambda i: f"{tree.where(_join(base, 'dataset.json'))}: {names[i]}")
+    classes = _classes(labels, num_classes, tree.where(_join(base, "dataset.json")), names)
     return NpyRows(tree, names, labels, "samples", None, 0.3099 if scale is None else scale, classes)
 
 
@@ -159,7 +175,10 @@ def open_fast_dit(path: Path, scale: float | None, num_classes: int | None) -> N
 
     each(fill, len(names))
     classes = count_classes(labels, num_classes, lambda i: tree.where(labelled[i]))
-    return NpyRows(tree, names, labels, "samples", 4, 1.0 if scale is None else scale, classes)
+    return NpyRows(
+        tree, names, labels, "samples", 4, 1.0 if scale is None else scale, classes,
+        latents=lambda c: replace(raw(c, SD_SCALE), factor=SD_SCALE),
+    )  # fmt: skip
 
 
 _OPEN: dict[str, Callable[[Path, float | None, int | None], BlockSource]] = {
@@ -175,7 +194,16 @@ def _join(base: str, name: str) -> str:
     return f"{base}/{name}" if base else name
 
 
-def _named(path: Path, form: str, pattern: str) -> tuple[Tree, str, list[str], Ids]:
+def _classes(labels: Ids | None, given: int | None, listing: str, names: list[str]) -> int:
+    """Number of classes, of a set without labels one; `listing` is the file that says the labels."""
+    if labels is None:
+        if given is not None:
+            raise UserError(f"--num-classes {given}: {listing} says that there are no labels, expected no such flag")
+        return 1
+    return count_classes(labels, given, lambda i: f"{listing}: {names[i]}")
+
+
+def _named(path: Path, form: str, pattern: str) -> tuple[Tree, str, list[str], Ids | None]:
     """Tree, folder of the latents inside it, their names in sorted order, and their labels from dataset.json."""
     tree = Tree(path)
     base = _FOLDERS[form] if tree.has_folder(_FOLDERS[form]) else ""
@@ -186,7 +214,7 @@ def _named(path: Path, form: str, pattern: str) -> tuple[Tree, str, list[str], I
     return tree, base, names, json_labels(tree, _join(base, "dataset.json"), base, names)
 
 
-def _check_images(tree: Tree, names: list[str], labels: Ids) -> None:
+def _check_images(tree: Tree, names: list[str], labels: Ids | None) -> None:
     """REPA pairs images and latents by sorted order: their counts, numbers and labels have to agree."""
     images = tree.list("images", r"img[^.]*\.(png|jpg|jpeg|webp|npy)")
     where = tree.where("images")
@@ -197,6 +225,8 @@ def _check_images(tree: Tree, names: list[str], labels: Ids) -> None:
             raise UserError(f"{tree.where(image)}: found where {name!r} needs its image, expected the same number")
     if tree.has("images/dataset.json"):
         of_images = json_labels(tree, "images/dataset.json", "images", images)
+        if of_images is None or labels is None:
+            return
         wrong = np.flatnonzero(of_images != labels)
         if len(wrong):
             i = int(wrong[0])
@@ -251,29 +281,25 @@ def _feature_folders(path: Path) -> list[tuple[str, str]]:
     return [pair for pair in pairs if pair[1] in found]
 
 
-def _has_image(folder: str) -> bool:
-    return any(e.name.lower().endswith(SUFFIXES) for e in os.scandir(folder))
+def _holds_images(tree: Tree) -> bool:
+    return any(
+        name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+        for name in tree.list("", r"(?s)[^.].*")
+    )
 
 
-class ImageFolder:
-    """Images of `folder/<class>/` as uint8 pixels (3, size, size) after ADM's centre crop."""
-
-    def __init__(self, folder: Path, size: int | None, num_classes: int | None) -> None:
-        if size is None:
-            raise UserError(f"{folder}: a folder of images needs --size, expected the side of the squares in pixels")
-        self._size = size
-        self._paths, self._labels, names = list_images(folder)
-        self._relative = [p.relative_to(folder).as_posix() for p in self._paths]
-        classes = count_classes(self._labels, num_classes, lambda i: str(self._paths[i]))
-        self.rows = len(self._paths)
-        self.header = Header("pixels", (3, size, size), "uint8", classes, class_names=names)
-
-    def read(self, start: int, stop: int) -> Block:
-        """Rows start to stop - 1."""
-        x = np.empty((stop - start, *self.header.shape), np.uint8)
-
-        def fill(i: int) -> None:
-            x[i] = center_crop(load_image(self._paths[start + i]), self._size)
-
-        each(fill, len(x))
-        return Block(x, self._labels[start:stop], paths=self._relative[start:stop])
+def open_images(
+    path: Path, size: int | None, num_classes: int | None, labels: Labels = "auto", on_corrupt: OnCorrupt = "error"
+) -> PixelRows:
+    """Images of any kind that `pictures.open_pictures` takes, as pixels after ADM's centre crop."""
+    if size is None:
+        raise UserError(f"{path}: a set of images needs --size, expected the side of the squares in pixels")
+    pictures = open_pictures(path, labels)
+    for line in said(path, pictures.listed):
+        print(line, file=sys.stderr)
+    classes = pictures.listed.num_classes
+    if num_classes is not None and pictures.listed.labelled:
+        classes = count_classes(pictures.listed.labels, num_classes, pictures.where)
+    elif num_classes is not None:
+        raise UserError(f"--num-classes {num_classes}: {path} has no labels, expected no such flag")
+    return PixelRows(Squares(pictures, size, on_corrupt), classes)

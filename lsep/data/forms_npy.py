@@ -1,25 +1,23 @@
 """Latents in one `.npy` file a row: the folders and zip archives of REPA, EDM2, SpeedrunDiT and fast-DiT.
 
-`Tree` reads a folder and an archive alike; `NpyRows` is the block source of all four. Nothing is unpickled, and a file
+`NpyRows` is the block source of all four. Nothing is unpickled, and a file
 whose type, shape or size is not what its set promises is named.
 """
 
 import io
 import json
-import os
-import re
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsep.data.manifest import Ids, Kind
+from lsep.data.latents import Latents, raw
+from lsep.data.manifest import MOST_CLASSES, Ids, Kind
+from lsep.data.tree import JSON_LIMIT, Tree
 from lsep.data.writer import Block, Header
-from lsep.errors import UserError
+from lsep.errors import UserError, told
 
 THREADS = 8  # files on a network disk are waited for, not computed with
 DTYPES = (np.dtype("float32"), np.dtype("float16"))
@@ -76,55 +74,6 @@ def npy_array(data: bytes, where: str) -> np.ndarray:
     return values.reshape(header.shape, order="F" if header.fortran else "C")
 
 
-class Tree:
-    """The files of a folder or of a zip archive, named by their relative path with `/`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._zip: zipfile.ZipFile | None = None
-        self._names: frozenset[str] = frozenset()
-        if not path.is_dir():
-            try:
-                self._zip = zipfile.ZipFile(path)  # open as long as the source
-            except FileNotFoundError:
-                raise UserError(f"{path}: does not exist, expected a folder or a zip archive of latents") from None
-            except Exception as error:  # as in read
-                raise UserError(f"{path}: expected a folder or a zip archive of latents ({error})") from None
-            self._names = frozenset(self._zip.namelist())
-
-    def has(self, name: str) -> bool:
-        return name in self._names if self._zip else (self.path / name).is_file()
-
-    def has_folder(self, name: str) -> bool:
-        if self._zip:
-            return any(n.startswith(name + "/") for n in self._names)
-        return (self.path / name).is_dir()
-
-    def list(self, folder: str, pattern: str) -> list[str]:
-        """Names below `folder` ("" for all) whose last part matches the regular expression, sorted as strings."""
-        match = re.compile(pattern).fullmatch
-        if self._zip:
-            under = folder and folder + "/"
-            return sorted(n for n in self._names if n.startswith(under) and match(n.rpartition("/")[2]))
-        found = []
-        for base, _, files in os.walk(self.path / folder, followlinks=True):
-            relative = Path(base).relative_to(self.path).as_posix()
-            found += [file if relative == "." else f"{relative}/{file}" for file in files if match(file)]
-        return sorted(found)
-
-    def read(self, name: str) -> bytes:
-        """A whole file."""
-        try:
-            return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
-        except Exception as error:  # zipfile meets damage with anything from EOFError to UnicodeDecodeError
-            found = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.where(name)}: cannot be read ({found}), expected a whole file") from None
-
-    def where(self, name: str) -> str:
-        """The file's name in messages."""
-        return f"{self.path}:{name}" if self._zip else str(self.path / name)
-
-
 def each(work: Callable[[int], None], count: int) -> None:
     """`work(i)` for each i in several threads; the first error in order is raised."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -134,7 +83,10 @@ def each(work: Callable[[int], None], count: int) -> None:
 
 def count_classes(labels: Ids, given: int | None, name: Callable[[int], str]) -> int:
     """Number of classes: `given`, or the largest label + 1; `name(row)` is the label's place in messages."""
-    classes = int(labels.max(initial=-1)) + 1 if given is None else given
+    classes = max(1, int(labels.max(initial=-1)) + 1) if given is None else given
+    if classes >= MOST_CLASSES:
+        row = int(labels.argmax())
+        raise UserError(f"{name(row)}: label {int(labels[row])} found, expected below {MOST_CLASSES - 1}")
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         row = int(wrong[0])
@@ -143,20 +95,21 @@ def count_classes(labels: Ids, given: int | None, name: Callable[[int], str]) ->
     return classes
 
 
-def json_labels(tree: Tree, file: str, base: str, names: Sequence[str]) -> Ids:
-    """Labels `(N,)` of `names` (below folder `base`) from a `dataset.json` = {"labels": [[name, label], ...]}."""
+def json_labels(tree: Tree, file: str, base: str, names: Sequence[str]) -> Ids | None:
+    """Labels `(N,)` of `names` (below folder `base`) from a `dataset.json` = {"labels": [[name, label], ...]}.
+
+    None where it says {"labels": null}, as the files of sets without labels do.
+    """
     where = tree.where(file)
     if not tree.has(file):
         raise UserError(f"{where}: does not exist, expected the labels as {{'labels': [[file, label], ...]}}")
     try:
-        pairs = json.loads(tree.read(file))["labels"]
+        pairs = json.loads(tree.read(file, JSON_LIMIT))["labels"]
         if pairs is None:
-            raise UserError(f"{where}: labels is null, expected [[file, label], ...] for {len(names)} files")
+            return None
         table = {str(name).replace("\\", "/"): label for name, label in pairs}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{where}: expected {{'labels': [[file, label], ...]}} ({type(error).__name__}: {error})"
-        ) from None
+        raise UserError(f"{where}: expected {{'labels': [[file, label], ...]}} ({told(error)})") from None
     keys = [name[len(base) + 1 :] if base else name for name in names]
     labels = np.empty(len(keys), np.int64)
     for i, key in enumerate(keys):
@@ -181,14 +134,17 @@ class NpyRows:
         self,
         tree: Tree,
         names: Sequence[str],
-        labels: Ids,
+        labels: Ids | None,
         kind: Kind,
         channels: int | None,
         scale: float,
         num_classes: int,
         change: Callable[[np.ndarray], np.ndarray] | None = None,
+        latents: Callable[[int], Latents] = raw,
     ) -> None:
-        self.tree, self.names, self.labels = tree, names, labels
+        """labels: None of a set without; latents: what is said of them, by their channels, `change` included."""
+        self.tree, self.names = tree, names
+        self.labels = np.zeros(len(names), np.int64) if labels is None else labels
         self.rows, self._change = len(names), change
         where = tree.where(names[0])
         first = npy_array(tree.read(names[0]), where)
@@ -200,7 +156,15 @@ class NpyRows:
             raise UserError(f"{where}: {first.dtype} found, expected float32 (or float16)")
         self.row_shape, self.dtype = shape, first.dtype
         latent = shape[0] // 2 if kind == "moments" else shape[0]
-        self.header = Header(kind, (latent, shape[1], shape[2]), first.dtype.name, num_classes, scale=scale)
+        self.header = Header(
+            kind,
+            (latent, shape[1], shape[2]),
+            first.dtype.name,
+            num_classes,
+            scale=scale,
+            latents=latents(latent),
+            labelled=labels is not None,
+        )
 
     def row(self, i: int) -> tuple[np.ndarray, bytes, NpyHeader]:
         """Row i as `row_shape`, with its file's bytes and header, checked against the first row."""

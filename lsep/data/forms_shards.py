@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from lsep.data.forms_npy import DTYPES, count_classes
-from lsep.data.shards import Column, header
+from lsep.data.latents import SD_SCALE, Latents, raw
+from lsep.data.manifest import Ids
+from lsep.data.shards import BF16, Column, header, widened
 from lsep.data.writer import Block, Header
 from lsep.errors import UserError
 
@@ -33,25 +35,33 @@ class LightningDiT:
         latents = [_latents(f, c, self.columns[0]) for f, c in zip(self.files, self.columns, strict=True)]
         self.counts = [column.shape[0] for column in latents]
         self.labels = np.concatenate(
-            [read_rows(f, c["labels"], 0, n) for f, c, n in zip(self.files, self.columns, self.counts, strict=True)]
+            [labels_of(f, c, n) for f, c, n in zip(self.files, self.columns, self.counts, strict=True)]
         )
         self.rows = sum(self.counts)
         self._starts = np.cumsum([0, *self.counts])
         classes = count_classes(self.labels, num_classes, self._name)
         channels, height, width = latents[0].shape[1:]
+        self.widened = latents[0].dtype == BF16
+        """Whether rows are bfloat16 in the files: they become float32."""
         self.mean, self.std = _stats(folder / STATS, channels)
         if self.mean is None and scale is None:
             raise UserError(
                 f"{folder}: no {STATS} found, expected it or --scale (0.18215 for latents of an SD VAE, not normalised)"
             )
         self.header = Header(
-            "samples", (channels, height, width), latents[0].dtype.name, classes,
+            "samples", (channels, height, width), "float32" if self.widened else latents[0].dtype.name, classes,
             scale=1.0 if scale is None else scale, flips="latents_flip" in self.columns[0],
+            latents=self._latents(channels, scale),
         )  # fmt: skip
 
     def _name(self, row: int) -> str:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self.files[shard]}: row {row - int(self._starts[shard])}"
+
+    def _latents(self, channels: int, scale: float | None) -> Latents:
+        if self.mean is None or self.std is None:
+            return raw(channels, SD_SCALE if scale == SD_SCALE else None)
+        return Latents(tuple(self.mean.tolist()), tuple(self.std.tolist()))
 
     def scale_shift(self) -> tuple[float, float] | None:
         """Scale and shift that stand for the statistics when all channels share them, else None."""
@@ -72,7 +82,7 @@ class LightningDiT:
             low, high = max(start - int(first), 0), min(stop - int(first), count)
             if low < high:
                 parts.append(read_rows(file, columns[name], low, high))
-        x = np.concatenate(parts)
+        x = widened(np.concatenate(parts))
         if self.mean is None or self.std is None:
             return x
         mean, std = self.mean[:, None, None], self.std[:, None, None]
@@ -87,19 +97,29 @@ def _latents(file: Path, columns: dict[str, Column], first: dict[str, Column]) -
     if "latents_flip" in columns and "latents_flip" not in first:
         raise UserError(f"{file}: holds 'latents_flip', expected none, as in the first shard")
     latents, labels = columns["latents"], columns["labels"]
-    if latents.dtype not in DTYPES or len(latents.shape) != 4 or 0 in latents.shape:
-        raise UserError(f"{file}: latents is {latents.dtype} {latents.shape}, expected float32 (N, C, H, W)")
+    if latents.dtype not in (*DTYPES, BF16) or len(latents.shape) != 4 or 0 in latents.shape:
+        raise UserError(
+            f"{file}: latents is {latents.dtype} {latents.shape}, expected float32, float16 or bfloat16 (N, C, H, W)"
+        )
     if (latents.dtype, latents.shape[1:]) != (first["latents"].dtype, first["latents"].shape[1:]):
         raise UserError(
             f"{file}: latents is {latents.dtype} {latents.shape}, expected {first['latents'].dtype} "
             f"(N, {', '.join(map(str, first['latents'].shape[1:]))}) as in the first shard"
         )
-    if labels.dtype != np.int64 or labels.shape != latents.shape[:1]:
+    if labels.dtype.kind not in "iu" or labels.shape != latents.shape[:1]:
         raise UserError(f"{file}: labels is {labels.dtype} {labels.shape}, expected int64 ({latents.shape[0]},)")
     flip = columns.get("latents_flip", latents)
     if (flip.dtype, flip.shape) != (latents.dtype, latents.shape):
         raise UserError(f"{file}: latents_flip is {flip.dtype} {flip.shape}, expected {latents.dtype} {latents.shape}")
     return latents
+
+
+def labels_of(file: Path, columns: dict[str, Column], rows: int) -> Ids:
+    """Labels `(rows,)` of a shard, of any type of integers."""
+    labels = read_rows(file, columns["labels"], 0, rows)
+    if labels.dtype == np.uint64 and len(labels) and labels.max() >= 2**63:
+        raise UserError(f"{file}: label {labels.max()} found, expected a class's number")
+    return labels.astype(np.int64)
 
 
 def read_rows(file: Path, column: Column, low: int, high: int) -> np.ndarray:

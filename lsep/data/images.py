@@ -1,4 +1,4 @@
-"""Image folders: which files belong to which class, and the square cut that a VAE or a pixel model sees.
+"""Images: decoding to RGB, and the square cut that a VAE or a pixel model sees.
 
 The cut is ADM's: halve with a box filter while the shorter side stays at least twice the target, go to the target by
 a bicubic filter, keep the centre. `load_image` and `center_crop` serve the pixel form and the encoder alike.
@@ -13,39 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsep.data.manifest import Ids
-from lsep.errors import UserError
+from lsep.data.regular import read_regular
+from lsep.errors import UserError, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-
-
-def list_images(folder: Path) -> tuple[list[Path], Ids, tuple[str, ...]]:
-    """Paths, labels `(N,)` and class names of `folder/<class>/<image>`, all in sorted order.
-
-    The label is the class folder's place among the sorted names. A class folder without images right inside is
-    refused: it is either an empty class or a folder one level too high, whose labels would be wrong.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder, expected one folder for each class with images inside")
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    if not classes:
-        raise UserError(f"{folder}: no folders inside, expected one for each class with images inside")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = [
-            e.name
-            for e in os.scandir(folder / name)
-            if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")
-        ]
-        if not found:
-            raise UserError(f"{folder / name}: no images right inside, expected at least one ({', '.join(SUFFIXES)})")
-        paths += [folder / name / file for file in sorted(found)]
-        labels += [label] * len(found)
-    return paths, np.array(labels, np.int64), tuple(classes)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+LIMIT = 256 << 20
+"""Bytes of an image's file."""
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I holds 16 bits
 
 
 def load_image(path: Path) -> "Image":
@@ -53,17 +30,30 @@ def load_image(path: Path) -> "Image":
     return open_image(path, path)
 
 
-def open_image(path: Path, data: bytes | Path) -> "Image":
-    """As `load_image` from the bytes of the file `path`."""
-    from PIL import Image
+def open_image(path: Path | str, data: bytes | Path) -> "Image":
+    """As `load_image` from the bytes of the file `path`, or of what it names in messages."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with Image.open(io.BytesIO(data if isinstance(data, bytes) else read_regular(data, LIMIT))) as image:
+            if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
+                kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+                raise UserError(f"holds {kind}, whose black and white no file says, expected 8 or 16 bits a channel")
             if image.mode.startswith("I"):  # of 16 bits, of which a conversion would keep the lowest 255 levels
                 return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: cannot be read as an image ({_beginning(data)})") from None
     except Exception as error:  # decoders meet damage with anything from SyntaxError to DecompressionBombError
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: cannot be read as an image ({told(error)})") from None
+
+
+def _beginning(data: Path | bytes) -> str:
+    if isinstance(data, Path):
+        data = read_regular(data, LIMIT)
+    return f"{len(data)} bytes of no known format, beginning {data[:12]!r}" if data else "it is empty"
 
 
 def center_crop(image: "Image", size: int) -> np.ndarray:

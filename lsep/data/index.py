@@ -18,11 +18,14 @@ import numpy as np
 
 from lsep.data.forms import open_form, recognise
 from lsep.data.forms_npy import NpyRows, each
-from lsep.data.forms_shards import STATS, LightningDiT, read_rows
+from lsep.data.forms_shards import STATS, LightningDiT, labels_of, read_rows
+from lsep.data.latents import raw
 from lsep.data.manifest import Ids
+from lsep.data.regular import open_regular, read_regular
 from lsep.data.shards import columns_crc32, inside
 from lsep.data.store import FORMAT
-from lsep.data.writer import replace_file, write_manifest
+from lsep.data.tree import JSON_LIMIT
+from lsep.data.writer import replace_file, require_readable, write_manifest
 from lsep.errors import UserError
 
 SIDECARS = "lsep-index"  # a folder of its own: LightningDiT takes every *.safetensors beside its shards for one of them
@@ -52,13 +55,19 @@ def index(
     source = open_form(folder, form, scale=scale, num_classes=num_classes)
     header = source.header
     if isinstance(source, LightningDiT):
+        if source.widened:
+            raise UserError(
+                f"{source.files[0]}: latents are bfloat16, expected float32 or float16 to use the shards in place: use "
+                f"'lsep data pack' instead"
+            )
         expressed = source.scale_shift()
         if expressed is None:
             raise UserError(
                 f"{folder / STATS}: mean and std differ between channels, expected one for all to use the shards in "
                 f"place: use 'lsep data pack' instead"
             )
-        header = replace(header, scale=expressed[0], shift=expressed[1])
+        own = raw(header.shape[0]) if source.mean is not None else header.latents  # in place they are not normalised
+        header = replace(header, scale=expressed[0], shift=expressed[1], latents=own)
     assert isinstance(source, LightningDiT | NpyRows)
     from tqdm import tqdm
 
@@ -66,6 +75,7 @@ def index(
         (folder / SIDECARS).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder / SIDECARS}: cannot be made ({error.strerror}), expected a folder to write") from None
+    require_readable(header, source.rows, str(folder))
     with tqdm(total=source.rows, disable=not progress, unit="row", unit_scale=True) as bar:
         if isinstance(source, LightningDiT):
             entries = [_packed_entry(source, k, bar) for k in range(len(source.files))]
@@ -80,7 +90,7 @@ def _refuse_foreign(manifest: Path) -> None:
     if not manifest.exists():
         return
     try:
-        value = json.loads(manifest.read_bytes())
+        value = json.loads(read_regular(manifest, JSON_LIMIT))
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -101,10 +111,10 @@ def _packed_entry(source: LightningDiT, k: int, bar: Any) -> dict[str, Any]:
             bad[start:stop] |= _not_finite(x)
         bar.update(stop - start)
     inside(source.folder, file.name)
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     sidecar = f"{SIDECARS}/columns-{k:05d}.safetensors"
-    labels = read_rows(file, columns["labels"], 0, rows)
+    labels = labels_of(file, columns, rows)
     _write_columns(source.folder / sidecar, labels, crc["latents"], crc.get("latents_flip"))
     return {
         "file": file.name, "rows": rows, "layout": "packed", "offset": columns["latents"].start,
@@ -129,6 +139,8 @@ def _files_entry(source: NpyRows, k: int, start: int, bar: Any) -> dict[str, Any
         i = low + within
         x, found, header = source.row(start + i)
         where = source.tree.where(names[i])
+        if (folder / names[i]).is_symlink():  # the reader follows none, as where it leads may change
+            raise UserError(f"{where}: a symbolic link, expected a file to use it in place: pack it instead")
         if header.fortran:
             raise UserError(f"{where}: values in Fortran order, expected C order to use it in place: pack it instead")
         if (header.offset, len(found)) != (first.offset, len(data)):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lsep.data.manifest import CorruptRow, Flips, Ids, Source
+from lsep.data.latents import of_vae
+from lsep.data.manifest import CorruptRow, Flips, Ids, Manifest, Source
+from lsep.data.regular import open_regular
 from lsep.data.shards import Shard
 from lsep.data.store import Store, read_manifest
 from lsep.errors import UserError
@@ -74,13 +76,22 @@ def _whole_or_one_by_one(store: Store, ids: Ids, flip: bool) -> list[Ids]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: str) -> Store:
+    """A store of any kind, or that of the digits."""
+    if path == "digits" and not Path(path).exists():
+        from lsep.data.digits import open_digits
+
+        return open_digits()
+    return Store(path)
 
 
 def describe(path: str, rows: int = 2048) -> str:
     """Counts of each class, and statistics of the model's input over up to `rows` rows."""
-    store = Store(path)
+    store = _opened(path)
     m = store.manifest
     variants = ", with mirror images" if m.flips else ""
     c, h, w = m.shape
@@ -90,7 +101,23 @@ def describe(path: str, rows: int = 2048) -> str:
     ids = np.linspace(0, m.rows - 1, min(rows, m.rows, 2**25 // m.row_bytes + 1)).astype(np.int64)
     if m.kind == "features":
         return "\n".join([whole, *_encoder(store, ids), *_classes(store)])
-    return "\n".join([whole, f"scale {m.scale:g}, shift {m.shift:g}", *_classes(store), *_statistics(store, ids)])
+    scaled = [f"scale {m.scale:g}, shift {m.shift:g}", *_normalised(m)]
+    return "\n".join([whole, *scaled, *_classes(store), *_statistics(store, ids)])
+
+
+def _normalised(m: Manifest) -> list[str]:
+    """What was done to the VAE's latents z before they were stored."""
+    way = m.latents
+    if way is None:
+        return [] if m.kind == "pixels" else ["normalised on the way in: not said, by an earlier version"]
+    if not way.changed:
+        return []
+    lines = [f"normalised on the way in: stored = (z - mean) / std * {way.factor:g} of the VAE's z"]
+    if any(way.mean) or any(s != 1 for s in way.std):
+        lines += [
+            f"  channel {i}: mean {a:+.3f}, std {b:.3f}" for i, (a, b) in enumerate(zip(way.mean, way.std, strict=True))
+        ]
+    return lines
 
 
 def _encoder(store: Store, ids: Ids) -> list[str]:
@@ -109,10 +136,12 @@ def _encoder(store: Store, ids: Ids) -> list[str]:
 def _classes(store: Store) -> list[str]:
     m = store.manifest
     counts = np.bincount(store.labels, minlength=m.num_classes)
+    if not m.labelled:
+        return ["no labels"]
     lines = [f"{m.num_classes} classes of {counts.min()} to {counts.max()} rows, {(counts == 0).sum()} without any"]
     if m.num_classes <= 20:
-        names = m.class_names or tuple(map(str, range(m.num_classes)))
-        lines += [f"  {names[i] if i < len(names) else i}: {n}" for i, n in enumerate(counts.tolist())]
+        names = [f" {name}" for name in m.class_names] + [""] * m.num_classes
+        lines += [f"  {i}{names[i]}: {n}" for i, n in enumerate(counts.tolist())]
     if m.probe_classes != m.num_classes:
         lines.append(f"{m.probe_classes} classes of the probe's own label")
     return lines
@@ -145,9 +174,9 @@ def picture(path: str, file: Path, vae: str | None = None, rows: int = 16) -> No
     """A PNG of `rows` samples spread over the store: pixels, latents through a VAE, or a preview of their channels."""
     import torch
 
-    from lsep.sample import save_grid, to_images, to_uint8
+    from lsep.sample import save_grid, to_images
 
-    store = Store(path)
+    store = _opened(path)
     m = store.manifest
     ids = np.linspace(0, m.rows - 1, min(rows, m.rows)).astype(np.int64)
     x = torch.from_numpy(_centres(store, ids).astype(np.float32))
@@ -156,10 +185,9 @@ def picture(path: str, file: Path, vae: str | None = None, rows: int = 16) -> No
     elif vae is None:
         images = to_images((x - m.shift) * m.scale, m)
     else:
-        from lsep.data.encode import load_vae
+        from lsep.decode import Decoder
 
-        with torch.no_grad():
-            images = to_uint8(load_vae(vae).decode(x).sample)
+        images = Decoder(vae, m, "nearest", torch.device("cpu")).decode(of_vae(x, m))
     save_grid(images, file)
 
 

@@ -11,6 +11,7 @@ rows (`paired`) goes the same way: features as rows of a second set, images thro
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -54,17 +55,19 @@ Encode = Callable[[Tensor], Tensor]
 """From images `(B, C, H, W)` uint8 to tokens `(B, T, E)`, both on the device."""
 
 
-def open_source(config: DataConfig) -> Store:
-    """The data set at `--data.path`: a store's folder, or `digits`."""
+def open_source(config: DataConfig, flag: str = "--data.path ") -> Store:
+    """The data set at `--data.path`: a store's folder, or `digits`. `flag` stands before the path in messages."""
     if config.path is None:
         raise UserError("--data.path is missing, expected the folder of a store (with manifest.json) or 'digits'")
     if not one_line(config.path):
-        raise UserError(f"--data.path is {shown(config.path)}, expected a path in one line")
+        raise UserError(f"{flag}is {shown(config.path)}, expected a path in one line")
     if config.path == "digits":
         return open_digits()
+    if not (Path(config.path) / "manifest.json").exists():
+        raise UserError(f"{flag}{config.path}: no manifest.json there, expected a store or 'digits'")
     store = Store(config.path, check_rows=config.crc)
     if store.manifest.kind == "features":
-        raise UserError(f"--data.path {config.path}: a store of features, expected images or latents")
+        raise UserError(f"{flag}{config.path}: a store of features, expected images or latents")
     return store
 
 

@@ -3,12 +3,15 @@
 A source of rows is anything with a `manifest` and `read(ids, flips)`, above all a `Store`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lsep.data import latents as latents_of
+from lsep.data.latents import Latents
 from lsep.errors import UserError, one_line, shown
 
 Ids = npt.NDArray[np.int64]
@@ -16,6 +19,8 @@ Flips = npt.NDArray[np.bool_]
 Kind = Literal["moments", "samples", "pixels", "features"]
 KINDS = ("moments", "samples", "pixels", "features")
 DTYPES = ("float32", "float16", "uint8")
+MOST_CLASSES = 2**31
+"""More than a reader takes."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,33 @@ class Manifest:
     """Every row has a second, mirrored variant."""
     encoder: Origin | None = None
     """Of features, where it is known."""
+    latents: Latents | None = None
+    """Of moments and samples: the way back to what their VAE decodes; None where an earlier version did not say."""
+    labelled: bool = True
+    """False of data without labels: every row's is 0, and the model is unconditional."""
+    unused: tuple[tuple[int, int], ...] = ()
+    """Classes without rows, which a model of this data has not seen, as ranges (first, last)."""
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
         """Shape of a stored row."""
         c, h, w = self.shape
         return (2 * c if self.kind == "moments" else c, h, w)
+
+    def unseen(self, classes: Iterable[int] | None = None) -> str | None:
+        """A sentence on those of `classes` (None: all) that have no rows; None where all have some."""
+        if not self.labelled:
+            return None
+        if classes is None:
+            count = sum(last - first + 1 for first, last in self.unused)
+            which = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in self.unused[:5])
+        else:
+            found = [c for c in dict.fromkeys(classes) if any(a <= c <= b for a, b in self.unused)]
+            count, which = len(found), ", ".join(map(str, found[:5]))
+        if not count:
+            return None
+        more = ", ..." if len(self.unused) > 5 or (classes is not None and count > 5) else ""
+        return f"{count} of {self.num_classes} classes have no rows in {self.source} ({which}{more})"
 
     @property
     def row_bytes(self) -> int:
@@ -83,7 +109,7 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         raise fail("dtype", "uint8 for pixels, float32 or float16 for latents and features")
     classes, probe_classes = value.get("num_classes"), value.get("probe_classes")
     for name, count in (("num_classes", classes), ("probe_classes", probe_classes)):
-        if (type(count) is not int or not 0 < count < 2**31) and not (name == "probe_classes" and count is None):
+        if (type(count) is not int or not 0 < count < MOST_CLASSES) and not (name == "probe_classes" and count is None):
             raise fail(name, "a count")
     names = value.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -99,10 +125,22 @@ def parse(value: dict[str, Any], where: str, source: str, rows: int, flips: bool
         and all(isinstance(encoder[k], str) and one_line(encoder[k]) for k in ("name", "sha256"))
     ):  # fmt: skip
         raise fail("encoder", "null, or name, size and sha256 of an encoder")
+    if value.get("latents") is not None and kind not in ("moments", "samples"):
+        raise fail("latents", "null, as the kind is neither moments nor samples")
+    unused = value.get("unused", [])
+    if not isinstance(unused, list) or not all(
+        isinstance(r, list) and len(r) == 2 and all(type(n) is int and 0 <= n < classes for n in r) for r in unused
+    ):
+        raise fail("unused", "a list of ranges [first, last] of classes")
+    labelled = value.get("labelled", True)
+    if not isinstance(labelled, bool):
+        raise fail("labelled", "true or false")
     return Manifest(
         source=source, kind=kind, shape=(shape[0], shape[1], shape[2]), dtype=dtype, rows=rows, num_classes=classes,
         probe_classes=probe_classes or classes, class_names=tuple(names), scale=float(value["scale"]),
         shift=float(value["shift"]), flips=flips, encoder=None if encoder is None else Origin(**encoder),
+        latents=latents_of.parse(value.get("latents"), shape[0], where),
+        labelled=labelled, unused=tuple((first, last) for first, last in unused),
     )  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lsep.data.images import SUFFIXES
+from lsep.data.images import LIMIT, SUFFIXES
 from lsep.data.manifest import CorruptRow, Ids
+from lsep.data.regular import read_regular
 from lsep.data.store import Store
+from lsep.data.tree import JSON_LIMIT
 from lsep.errors import UserError, shown, told
 
 
@@ -80,9 +82,10 @@ class Images:
                 raise CorruptRow(self.damaged[sample], sample)
             path = self.path(sample)
             try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise CorruptRow(f"{path}: cannot be read ({error.strerror}; sample {sample})", sample) from None
+                data = read_regular(path, LIMIT)
+            except (OSError, ValueError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise CorruptRow(f"{path}: cannot be read ({why}; sample {sample})", sample) from None
             if not data:
                 raise CorruptRow(f"{path}: is empty, expected an image (sample {sample})", sample)
             out.append(data)
@@ -124,7 +127,7 @@ def _walked(folder: Path) -> list[str]:
         for name in [*folders]:
             path = os.path.join(root, name)  # noqa: PTH118 - as os.walk joins them
             place = os.path.realpath(path)
-            if name.startswith(".") or place in way:  # a link to where we come from has no end
+            if name.startswith(".") or name == "__MACOSX" or place in way:  # a link to where we come from has no end
                 folders.remove(name)
             else:
                 ways[path] = way | {place}
@@ -156,7 +159,7 @@ def _labels_of(paths: list[str], store: Store, where: str) -> Ids | None:
 def _listed(listing: Path) -> list[tuple[str, int]]:
     """Of `dataset.json` as EDM2 and REPA write it, {"labels": [["00000/img00000000.png", 6], ...]}, sorted by path."""
     try:
-        listed = [(path, label) for path, label in json.loads(listing.read_bytes())["labels"] or ()]
+        listed = [(path, label) for path, label in json.loads(read_regular(listing, JSON_LIMIT))["labels"] or ()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{listing}: cannot be read as a list of images ({told(error)})") from None
     for path, label in listed:

@@ -15,12 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsep.data.manifest import CorruptRow, Ids, Manifest
+from lsep.data.regular import open_regular
 from lsep.errors import UserError, one_line, shown, told
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"), "F16": np.dtype("float16"), "U8": np.dtype("uint8"), "I64": np.dtype("int64"),
-    "U32": np.dtype("uint32"),
+    "U32": np.dtype("uint32"), "BF16": np.dtype([("bfloat16", "<u2")]),
+    "F64": np.dtype("float64"), "I32": np.dtype("int32"), "I16": np.dtype("int16"), "I8": np.dtype("int8"),
+    "U64": np.dtype("uint64"), "U16": np.dtype("uint16"), "BOOL": np.dtype("bool"),
 }  # fmt: skip
+"""Of all tensors a file may hold; which of them a store reads is another matter."""
+BF16 = DTYPES["BF16"]
+"""numpy has no such type: as bits, see `widened`."""
 _HEADER_LIMIT = 16 << 20
 _LAYOUTS = ("packed", "files")
 COLUMNS = ("labels", "probe_labels", "crc32", "crc32_flip")
@@ -83,7 +89,7 @@ class Column(NamedTuple):
 def header(path: Path) -> dict[str, Column]:
     """The tensors of a safetensors file; sizes are checked against the file before anything is read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
@@ -112,10 +118,23 @@ def header(path: Path) -> dict[str, Column]:
     return found
 
 
+def widened(x: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float32, which holds every one of them; other arrays as they are."""
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if x.dtype == BF16 else x
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a safetensors file that `header` has read."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(min(length, _HEADER_LIMIT))).get("__metadata__", {})
+    return {str(k): str(v) for k, v in found.items()}
+
+
 def columns_crc32(path: Path) -> int:
     """The checksum of a shard's columns, see `Entry`."""
     found, value = header(path), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for name in COLUMNS:
             if name in found:
                 column = found[name]
@@ -166,7 +185,7 @@ class Shard:
     def _open_packed(self, manifest: Manifest) -> None:
         entry = self.entry
         try:
-            self._file = self.path.open("rb")  # closed with the shard
+            self._file = open_regular(self.path)  # closed with the shard
         except OSError as error:
             raise UserError(f"{self.path}: a shard of the manifest cannot be opened ({error.strerror})") from None
         self.fd = self._file.fileno()
@@ -217,7 +236,7 @@ class Shard:
         if column is None or column.dtype != dtype or column.shape != (rows,):
             found = "nothing" if column is None else f"{column.dtype} {column.shape}"
             raise UserError(f"{self.columns_path}: {name} is {found}, expected {dtype} ({rows},)")
-        with self.columns_path.open("rb") as file:
+        with open_regular(self.columns_path) as file:
             data = os.pread(file.fileno(), column.end - column.start, column.start)
         if len(data) != column.end - column.start:
             raise UserError(f"{self.columns_path}: truncated inside {name}")

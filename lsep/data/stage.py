@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from lsep.data.manifest import Manifest
+from lsep.data.regular import open_regular
 from lsep.data.shards import Entry, header, inside
 from lsep.data.store import read_manifest
 from lsep.errors import UserError
@@ -134,11 +135,16 @@ class _Remote:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         try:
-            with self._fs.open(f"{self._root}/{name}", "rb", block_size=CHUNK) as file:
+            with self._open(name) as file:
                 while chunk := file.read(CHUNK):
                     yield chunk
         except Exception as error:  # see `size`
             raise self._unreadable(name, error) from None
+
+    def _open(self, name: str) -> IO[bytes]:
+        if self._local is not None:
+            return open_regular(self._local / name)
+        return self._fs.open(f"{self._root}/{name}", "rb", block_size=CHUNK)
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:300]
@@ -197,7 +203,8 @@ def _fetch(source: _Remote, folder: Path, item: Item) -> None:
     temporary = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a copy that was killed; never written through a link
+        with temporary.open("xb") as file:
             found = _sums(source.chunks(item.name), item, file)
             if item.sha256 is not None:  # a flush for each of a million small files would take longer than the copy
                 file.flush()

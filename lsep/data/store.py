@@ -8,12 +8,14 @@ import json
 import os
 import stat
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lsep.data.manifest import Flips, Ids, Manifest, Rows, parse
 from lsep.data.native import library, read_rows
+from lsep.data.regular import read_regular
 from lsep.data.shards import Entry, Shard
 from lsep.errors import UserError, shown, told
 
@@ -42,6 +44,7 @@ class Store:
                 f"expected num_classes, {m.num_classes}"
             )
         self._probe_y = np.concatenate(probe) if probe else self._y
+        self.manifest = replace(m, unused=_unused(self._y, m.num_classes)) if m.labelled else m
         # Flat tables over shards and rows: a batch's rows are looked up in one go.
         self._fds = np.array([-1 if s.fd is None else s.fd for s in self.shards], np.int32)
         self._files = any(s.fd is None for s in self.shards)
@@ -85,6 +88,19 @@ class Store:
             i, what = bad
             raise self.shards[which[i]].corrupt(int(rows[i]), int(ids[i]), what)
         return Rows(x, self._y[ids], self._probe_y[ids])
+
+
+_RANGES = 1000
+"""Ranges of classes without rows that are kept: they go into every run's config.json."""
+
+
+def _unused(labels: Ids, num_classes: int) -> tuple[tuple[int, int], ...]:
+    """Ranges (first, last) of the classes that no row has."""
+    small = num_classes <= 1 << 22  # counting is faster than sorting while the counts are few
+    present = np.flatnonzero(np.bincount(labels, minlength=num_classes)) if small else np.unique(labels)
+    edges = np.concatenate([[-1], present, [num_classes]])
+    gaps = np.flatnonzero(np.diff(edges) > 1)[:_RANGES]
+    return tuple((int(edges[i]) + 1, int(edges[i + 1]) - 1) for i in gaps)
 
 
 def read_rows_in_python(
@@ -152,11 +168,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, list[Entry]]:
     """The manifest of a store and its shards; every field is checked, see docs/store.md."""
     path = folder / "manifest.json"
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, expected at most {_JSON_LIMIT}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, _JSON_LIMIT))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--data.path {folder}: no manifest.json there, expected a store or 'digits'") from None
+        raise UserError(f"{folder}: no manifest.json there, expected a store or 'digits'") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

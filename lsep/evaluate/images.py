@@ -13,7 +13,8 @@ import numpy as np
 
 from lsep.data.forms_npy import each
 from lsep.data.images import SUFFIXES, load_image
-from lsep.data.manifest import Source
+from lsep.data.latents import deviation_of_vae, of_vae
+from lsep.data.manifest import Manifest, Source
 from lsep.errors import UserError
 from lsep.evaluate.archives import Archive
 from lsep.run import Run
@@ -137,17 +138,20 @@ def of_source(source: Source) -> Images:
 
 
 def of_rows(source: Source, ids: np.ndarray) -> np.ndarray:
-    """Rows `ids` of a store as an extractor takes them."""
+    """Rows `ids` of a store as an extractor takes them: latents as their VAE encodes them."""
     x, kind = source.read(ids).x, source.manifest.kind
     if kind == "pixels":
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
-    if kind == "samples":
-        return x.astype(np.float32)
     import torch
 
+    def taken_back(part: np.ndarray, way: Callable[[torch.Tensor, Manifest], torch.Tensor] = of_vae) -> np.ndarray:
+        return way(torch.from_numpy(part), source.manifest).numpy()
+
+    if kind == "samples":
+        return taken_back(x.astype(np.float32))
     from lsep.interpolant import Stream
     from lsep_kernels.reference import normal
 
     mean, std = x.astype(np.float32).reshape(len(x), 2, *source.manifest.shape).swapaxes(0, 1)
     noise = normal(0, Stream.POSTERIOR, 0, torch.from_numpy(ids), source.manifest.shape)
-    return mean + std * noise.numpy()
+    return taken_back(mean) + taken_back(std, deviation_of_vae) * noise.numpy()

@@ -21,6 +21,8 @@ from lsep.evaluate.reference import Reference, load, save, statistics
 from lsep.step import State, average_model
 
 REFERENCE_FILE = "reference.npz"
+REFERENCE_OF_VAE = "reference-of-vae.npz"
+"""Of latents that were normalised on the way in; earlier versions left the other file in their units."""
 
 
 class Monitor:
@@ -52,7 +54,9 @@ class Monitor:
 
     def prepare(self, run_dir: Path) -> None:
         """Make the reference of the training data, once a run. All processes call this."""
-        world, source, file = self.state.world, self.state.source, run_dir / REFERENCE_FILE
+        world, source = self.state.world, self.state.source
+        way = source.manifest.latents
+        file = run_dir / (REFERENCE_OF_VAE if way is not None and way.changed else REFERENCE_FILE)
         if self.known is not None or world.on_main(partial(self._load, file)):
             return
         rows = source.manifest.rows

@@ -182,7 +182,10 @@ def _open(where: str, path: str, config: "Config") -> "Source":
     from lsep.data.loader import open_source
 
     try:
-        return open_source(replace(config.data, path=path))
+        source = open_source(replace(config.data, path=path))
+        if not source.manifest.labelled:
+            raise UserError(f"{path} has no labels, expected data with classes")
+        return source
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('--data.path ')}") from None
 

@@ -39,6 +39,10 @@ def text(run: Run, config: Config, form: str, part: str, step: int, notes: list[
     scaled = f"the model sees (latent - {manifest.shift:g}) * {manifest.scale:g}"
     if manifest.kind == "pixels":
         scaled = "the model sees pixels from -1 to 1"
+    way = manifest.latents
+    if way is not None and way.changed:
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (way.mean, way.std))
+        scaled += f", where latent = (z - mean) / std * {way.factor:g} of the VAE's z, mean ({mean}), std ({std})"
     results = {k: v for k, v in run.results().items() if k in _FIGURES and v is not None}
     lines = [
         f"# {run.path.name}", "",

@@ -8,7 +8,6 @@ import argparse
 import json
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def _read_torch(path: Path, ema: bool) -> Raw:
     except pickle.UnpicklingError as error:
         text = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error))
         raise UserError(f"{path}: refused, it is damaged or holds more than tensors ({text.strip()[:200]})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle raises anything from IndexError to struct.error
         raise UserError(f"{path}: not a whole file of torch.save ({told(error)})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds {shown(type(found).__name__)}, expected a dictionary of tensors")
