@@ -36,11 +36,12 @@ class Parts:
         if file.exists():
             try:
                 before = json.loads(file.read_text())
-                changed = [k for k in settings if before[k] != settings[k]]
+                known = {"step": before["step"], **before}
+                changed = [k for k in settings if known.get(k) != settings[k]]  # earlier versions had fewer
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{file}: not settings of this program, remove {self.folder}") from None
             if changed:
-                told = "; ".join(f"{k}: {shown(before[k])} -> {shown(settings[k])}" for k in changed)
+                told = "; ".join(f"{k}: {shown(known.get(k))} -> {shown(settings[k])}" for k in changed)
                 raise UserError(
                     f"{self.folder} holds parts of other samples ({told}): remove it or give the same flags"
                 )
