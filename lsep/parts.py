@@ -13,6 +13,8 @@ from lsep.errors import UserError, shown
 from lsep.run import write_atomic
 from lsep.sample import UNIT
 
+SETTINGS = "settings.json"
+"""What decided about samples, beside them or their parts."""
 _ROWS = 256
 """Images copied at once when parts are put together."""
 
@@ -31,7 +33,7 @@ class Parts:
 
     def open(self, settings: dict[str, Any]) -> None:
         """Begin, or go on with what was drawn under the same settings; raises UserError where they differ."""
-        file = self.folder / "settings.json"
+        file = self.folder / SETTINGS
         settings = json.loads(json.dumps({**settings, "part": self.size}))
         if file.exists():
             try:

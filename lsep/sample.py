@@ -34,6 +34,8 @@ Rounding = Literal["nearest", "truncate"]
 
 UNIT = 32
 """Images the model runs on at once, twice as many under guidance; the last ones are filled up."""
+GRID_MARK = ("lsep", "grid")
+"""Entry of the text in a PNG of `save_grid`."""
 DOPRI5_ERROR = {"atol": 1e-6, "rtol": 1e-3}
 """SiT's own setting; the step adapts to a unit's error, so its images depend on one another."""
 SDE_LAST_TIME = 0.04
@@ -216,6 +218,7 @@ def latents(x: Tensor, manifest: Manifest) -> Tensor:
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: int = 48) -> None:
     """Tile uint8 images `(N, H, W, 1 or 3)` into one PNG; small ones are enlarged to about `side` pixels."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -227,7 +230,9 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG")
+    mark = PngInfo()
+    mark.add_text(*GRID_MARK)  # so that it is not taken for a sample
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG", pnginfo=mark)
     temporary.replace(path)
 
 

@@ -26,7 +26,7 @@ from lsep.decode import Decoder
 from lsep.dist import World, world
 from lsep.errors import UserError, nearest, shown
 from lsep.interpolant import Stream
-from lsep.parts import Parts, assemble
+from lsep.parts import SETTINGS, Parts, assemble
 from lsep.run import Run, write_atomic
 from lsep.sample import UNIT, Rounding
 from lsep.step import pick_device
@@ -34,7 +34,6 @@ from lsep_kernels.reference import uniform
 
 GRID = 400
 """Images in the PNG grid, at most: the first ones."""
-SETTINGS = "settings.json"
 _TIMES = "fractions"
 """How `sample.times` has them; what was drawn by those before does not mix with these."""
 _PATIENCE = 86400.0
