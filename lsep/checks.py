@@ -267,6 +267,15 @@ def resolve(config: Config, manifest: Manifest) -> Config:
     return config
 
 
+def require_classes(config: Config, manifest: Manifest) -> None:
+    """Raise UserError where a run that begins has a probe and nothing to tell apart."""
+    _require(
+        not config.probe.enabled or manifest.probe_classes > 1,
+        f"--probe.enabled is True, but {manifest.source} has one class, of which a probe's loss is always 0, at half "
+        "again the time: expected --probe.no-enabled, or data of several classes",
+    )
+
+
 def resolve_align(config: Config, tokens: tuple[int, int] | None) -> Config:
     """Fill the width of an encoder's tokens; `tokens` is their width and number, None without alignment."""
     if tokens is None:

@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsep import backbone, backends, checkpoint
-from lsep.align import take_projectors
+from lsep import backbone, backends
 from lsep.averages import Averages, kept
 from lsep.backbone import Backbone
 from lsep.backends import Backends
-from lsep.checks import check, resolve, resolve_align
+from lsep.checks import check, require_classes, resolve, resolve_align
 from lsep.config import Config
 from lsep.data import order
 from lsep.data.loader import Batch, Loader, open_source
@@ -37,6 +36,7 @@ from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
 from lsep.run import Run
 from lsep.teacher import Teacher, open_teacher
+from lsep.weights.starting import start
 
 
 @dataclass
@@ -66,7 +66,8 @@ class State:
     backends: Backends
     """Which implementations compute the step."""
     substitutes: list[str]
-    """What is missing here, so that others than usual do, see `lsep.backends.substitutes`."""
+    """What is missing here, so that others than usual do, see `lsep.backends.substitutes`; and what `train.init` is not
+    like."""
     offset: int = 0
     """Steps whose data was left out after spikes: step n trains on the batch of step n + offset."""
 
@@ -103,6 +104,8 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         require_wandb()
     source = open_source(config.data)
     config = resolve(config, source.manifest)
+    if begins:
+        require_classes(config, source.manifest)
     if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
         precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
         config = replace(config, train=replace(config.train, precision=precision))
@@ -111,11 +114,9 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
+    said: list[str] = []
     if begins and config.train.init is not None:
-        run = Run.existing(config.train.init)
-        checkpoint.start_from(checkpoint.find(run.checkpoints, None), objective)
-        if objective.projectors is not None:
-            take_projectors(objective.projectors, run.projectors_file)
+        said = start(Run.existing(config.train.init), config, source.manifest, objective)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     further = {name: copy.deepcopy(ema) for name in kept(config.optim)}
@@ -148,7 +149,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         at_epoch=at_epoch,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
         backends=chosen,
-        substitutes=backends.substitutes(config, device),
+        substitutes=[*backends.substitutes(config, device), *said],
     )
 
 
