@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from lsep import checkpoint
+from lsep import checkpoint, cli
 from lsep.data.writer import write_store
 from lsep.errors import UserError
 from lsep.run import Run
@@ -99,3 +99,18 @@ def test_a_probe_of_one_class_is_refused(tmp_path: Path) -> None:
         probe_y=np.arange(20) % 4, probe_classes=4, scale=1.0,
     )  # fmt: skip
     setup(tiny(data__path=str(tmp_path / "own")))  # the probe has labels of its own
+
+
+@pytest.mark.parametrize("name", ["--step", "--checkpoint"])
+def test_a_checkpoint_has_one_name_everywhere(
+    name: str, first: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that takes one takes it under both names."""
+    for command in (
+        ["sample"], ["probe"], ["export", "--out", str(tmp_path / "e")], ["checkpoint", "verify"],
+        ["checkpoint", "consolidate"],
+    ):  # fmt: skip
+        for flag in ([name, "7"], [f"{name}=7"]):
+            words = command if command[0] == "checkpoint" else command[:1]
+            assert cli.main([*words, str(first.path), *command[len(words) :], *flag]) == 2
+            assert "no checkpoint of step 7, found: 2" in capsys.readouterr().err
