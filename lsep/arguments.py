@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from dataclasses import fields
 from typing import Any
 
 from lsep.errors import UserError, nearest
@@ -39,6 +40,7 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
     import tyro
 
     given = {} if default is None else {"default": default}
+    argv = _either_name(argv, {field.name for field in fields(kind)})
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -56,6 +58,15 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
             raise UserError(f"argument {flag!r} is unexpected, expected flags")
         raise UserError(f"flag {flag!r} is unknown{_near_flags(flag, kind, prog, given)}")
     return args
+
+
+def _either_name(argv: Args, known: set[str]) -> Args:
+    """--step where a command has --checkpoint, and the other way round: both name a checkpoint by its step."""
+    pair = ("--step", "--checkpoint")
+    for other, own in (pair, pair[::-1]):
+        if own[2:] in known and other[2:] not in known:
+            return [own + a.removeprefix(other) if a == other or a.startswith(f"{other}=") else a for a in argv]
+    return argv
 
 
 def _one_sentence(text: str) -> str:

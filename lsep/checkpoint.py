@@ -39,6 +39,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 HEADS = ("classifier.", "projectors.")
 """First words of the names of weights that are not the backbone's."""
 
+_TABLES = ("ema.y_embedder.embedding_table.weight", "ema.unet.class_embedding.weight")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -354,21 +356,30 @@ def load_weights(path: Path, part: str, objective: Objective) -> None:
     _read(path, state)
 
 
-def start_from(path: Path, objective: Objective) -> None:
+def start_from(path: Path, objective: Objective) -> list[str]:
     """Fill `objective` with the averaged weights of the checkpoint `path` of another run (`train.init`).
 
     Positions are the objective's own, whatever its grid; a classifier or projector that does not fit, or is missing,
-    stays as initialised. Raises UserError where the checkpoint is damaged or the backbones differ.
+    stays as initialised, and so do the rows of the classes where there are others, but for that of no label. Returns
+    sentences on the latter. Raises UserError where the checkpoint is damaged or the backbones differ.
     """
     for problem in shards.problems(path, ("ema",)):
         raise UserError(problem)
     found, taken = shards.describe(path, ("ema",)), {}
     heads = tuple(f"ema.{head}" for head in HEADS)
+    table: Tensor | None = None
+    said_of: list[str] = []
     own = {f"ema.{name}": tensor for name, tensor in weights(objective).items() if name != "pos_embed"}
     for name, tensor in own.items():
         there = found.pop(name, None)
         if there is not None and there.shape == tensor.shape:
             taken[name] = tensor
+        elif there is not None and name in _TABLES and there.shape[1:] == tensor.shape[1:]:
+            taken[name], table = torch.empty(there.shape), tensor
+            said = (
+                f"the label table is new: {len(there) - 1} classes there, {len(tensor) - 1} here; its row of no label"
+            )
+            said_of.append(f"{said} is kept ({name[4:]})")
         elif not name.startswith(heads):
             has, here = "none" if there is None else str(tuple(there.shape)), tuple(tensor.shape)
             raise UserError(f"--train.init: {name[4:]} is {has} there and {here} in this configuration ({path})")
@@ -376,6 +387,10 @@ def start_from(path: Path, objective: Objective) -> None:
     if unknown:
         raise UserError(f"--train.init: {unknown[0][4:]} is there and not in this configuration's model ({path})")
     _read(path, taken)
+    if table is not None:
+        with torch.no_grad():  # the last row is that of no label
+            table[-1] = next(taken[name] for name in _TABLES if name in taken)[-1]
+    return said_of
 
 
 def read_tensors(path: Path, part: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from lsep.errors import UserError, nearest
 class VerifyArgs:
     """Flags of `lsep checkpoint verify`."""
 
-    step: int | None = None
+    checkpoint: int | None = None
     """Step of the checkpoint to verify; all when not given."""
 
 
@@ -21,7 +21,7 @@ class VerifyArgs:
 class ConsolidateArgs:
     """Flags of `lsep checkpoint consolidate`."""
 
-    step: int | None = None
+    checkpoint: int | None = None
     """Step of the checkpoint to take; the newest when not given."""
     out: Path | None = None
     """A folder that is not there yet; RUN/consolidated-STEP when not given."""
@@ -48,7 +48,7 @@ def list_(argv: Args) -> None:
 
 
 def verify(argv: Args) -> None:
-    """verify checkpoints by sha256; exit code 1 when one is damaged: lsep checkpoint verify RUN [--step N]"""
+    """verify checkpoints by sha256; exit code 1 when one is damaged: lsep checkpoint verify RUN [--checkpoint N]"""
     (path,), argv = first_arguments("checkpoint verify", ("RUN",), argv)
     text = "Verify a run's checkpoints, all of their bytes.\n\nExample: lsep checkpoint verify runs/quickstart"
     args: VerifyArgs = parse(VerifyArgs, argv, "lsep checkpoint verify RUN", text)
@@ -58,7 +58,7 @@ def verify(argv: Args) -> None:
 
     folder = Run.existing(path).checkpoints
     damaged = 0
-    for checkpoint in steps(folder) if args.step is None else [find(folder, args.step)]:
+    for checkpoint in steps(folder) if args.checkpoint is None else [find(folder, args.checkpoint)]:
         problems = shards.problems(checkpoint)
         damaged += bool(problems)
         print("\n".join(problems) if problems else f"{checkpoint}: whole")
@@ -71,14 +71,14 @@ def consolidate(argv: Args) -> None:
     (path,), argv = first_arguments("checkpoint consolidate", ("RUN",), argv)
     text = (
         "Write model.safetensors, ema.safetensors and optimizer.safetensors under the published names.\n\n"
-        "Example: lsep checkpoint consolidate runs/quickstart --step 400 --out weights"
+        "Example: lsep checkpoint consolidate runs/quickstart --checkpoint 400 --out weights"
     )
     args: ConsolidateArgs = parse(ConsolidateArgs, argv, "lsep checkpoint consolidate RUN", text)
     from lsep.checkpoint import find
     from lsep.run import Run
 
     run = Run.existing(path)
-    checkpoint = find(run.checkpoints, args.step)
+    checkpoint = find(run.checkpoints, args.checkpoint)
     out = args.out or run.path / f"consolidated-{checkpoint.name}"
     gather(checkpoint, out)
     print(out)

@@ -77,10 +77,26 @@ def check(config: Config) -> None:
         f"--sample.guidance-low is {config.sample.guidance_low}, expected at most --sample.guidance-high "
         f"{config.sample.guidance_high}",
     )
+    _check_draws(config)
     _check_averages(config)
     if config.probe.enabled:
         _check_probe(config)
     _check_align(config)
+
+
+def _check_draws(config: Config) -> None:
+    """How times are drawn, and what guidance acts on."""
+    channels, of = config.sample.cfg_channels, config.model.in_channels
+    _require(
+        channels is None or 1 <= channels <= (of or channels),
+        f"--sample.cfg-channels is {channels}, expected None or {f'from 1 to {of}' if of else 'at least 1'}, as the "
+        "model's channels",
+    )
+    _require(
+        config.interpolant.time != "lognormal" or config.interpolant.path != "vp",
+        "--interpolant.time is 'lognormal' with --interpolant.path vp, whose noise over data has an end, expected "
+        "'uniform' or 'logit-normal'",
+    )
 
 
 def _check_averages(config: Config) -> None:
@@ -227,6 +243,7 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         height % config.model.patch_size == 0,
         f"--model.patch-size is {config.model.patch_size}, expected a divisor of the data's side {height}",
     )
+    _check_draws(config)
     if config.model.backbone == "unet":
         depth, unit = config.model.depth, 2 ** (config.model.depth - 1)
         _require(
@@ -252,6 +269,15 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         )
         config = replace(config, probe=replace(p, window_max=largest))
     return config
+
+
+def require_classes(config: Config, manifest: Manifest) -> None:
+    """Raise UserError where a run that begins has a probe and nothing to tell apart."""
+    _require(
+        not config.probe.enabled or manifest.probe_classes > 1,
+        f"--probe.enabled is True, but {manifest.source} has one class, of which a probe's loss is always 0, at half "
+        "again the time: expected --probe.no-enabled, or data of several classes",
+    )
 
 
 def resolve_align(config: Config, tokens: tuple[int, int] | None) -> Config:

@@ -134,8 +134,8 @@ def plan(argv: Args) -> None:
 class SampleArgs:
     """Flags of `lsep sample`; what is None comes from the run's configuration."""
 
-    classes: tuple[int, ...] | None = None
-    """Classes to draw, in turn; all when not given."""
+    classes: tuple[str, ...] | None = None
+    """Classes to draw, in turn, by their numbers or by the data's names for them; all when not given."""
     num: int | None = None
     """Number of images."""
     labels: Literal["balanced", "random"] = "balanced"
@@ -150,6 +150,11 @@ class SampleArgs:
     """Smallest t at which guidance acts."""
     guidance_high: float | None = None
     """Largest t at which guidance acts."""
+    guidance_rule: Literal["time", "repa"] | None = None
+    """Which t must be in that interval: time, the one the model is asked at; repa, the step's start, for Heun's second
+    slope too, as REPA's and LSEP's samplers have it."""
+    cfg_channels: int | None = None
+    """First channels that guidance acts on, all when not given; SiT's and DiT's own figures guide 3 of 4."""
     autoguidance: str | None = None
     """RUN or RUN@STEP of a weaker model, whose velocity takes the place of the unlabelled one."""
     batch_size: int | None = None
@@ -186,17 +191,19 @@ def sample(argv: Args) -> None:
     from lsep.checks import check
     from lsep.dist import rank
     from lsep.run import Run
-    from lsep.samples import Request, sample_run
+    from lsep.samples import Request, class_numbers, sample_run
 
     run = Run.existing(path)
     config = run.config()
-    names = ("sampler", "steps", "guidance_low", "guidance_high", "num", "batch_size")
+    names = ("sampler", "steps", "guidance_low", "guidance_high", "guidance_rule", "cfg_channels", "num", "batch_size")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    scales = (config.sample.cfg,) if args.cfg is None else args.cfg
+    guides = config.model.conditional or args.autoguidance is not None
+    scales = ((config.sample.cfg if guides else 1.0),) if args.cfg is None else args.cfg
     for scale in scales:
         config = replace(config, sample=replace(config.sample, cfg=scale, **given))
         check(config)
-    request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)})
+    classes = None if args.classes is None else class_numbers(args.classes, run.manifest())
+    request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)} | {"classes": classes})
     files = sample_run(run, config, request, scales, args.out, args.checkpoint, args.device)
     for file in files if rank() == 0 else ():
         print(file)

@@ -54,12 +54,13 @@ class InterpolantConfig:
     """linear: x_t = (1 - t) x + t e; cosine: x_t = cos(pi t / 2) x + sin(pi t / 2) e; vp: as DDPM."""
     prediction: Literal["v", "eps", "x"] = "v"
     """What the model is trained to give: the velocity, the noise (as DiT), or the data. Samplers see the velocity."""
-    time: Literal["uniform", "logit-normal"] = "uniform"
-    """Distribution of the training time t."""
+    time: Literal["uniform", "logit-normal", "lognormal"] = "uniform"
+    """Distribution of the training time t; lognormal (REPA): of noise over data, sigma(t) / alpha(t), which on a cosine
+    path is t = 2 / pi atan(exp(z)), and on a linear one the same as logit-normal."""
     time_mean: float = 0.0
-    """Mean of logit(t), for logit-normal."""
+    """Mean of logit(t), or of log(sigma(t) / alpha(t)), for logit-normal and lognormal."""
     time_std: float = 1.0
-    """Standard deviation of logit(t), for logit-normal."""
+    """Standard deviation of the same."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,11 @@ class SampleConfig:
     """Smallest t at which guidance acts."""
     guidance_high: float = 1.0
     """Largest t at which guidance acts."""
+    guidance_rule: Literal["time", "repa"] = "time"
+    """Which t must be in that interval: time, the one the model is asked at; repa, the step's start, for Heun's second
+    slope too, as REPA's and LSEP's samplers have it."""
+    cfg_channels: int | None = None
+    """First channels that guidance acts on; None is all. SiT's and DiT's own figures guide 3 of 4."""
     num: int = 64
     """Images in a sample grid."""
     batch_size: int = 64

@@ -5,6 +5,7 @@ batch shares, of (seed, step)), never of the rank or of what a process has run: 
 same numbers.
 """
 
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -53,8 +54,10 @@ def draw_times(config: InterpolantConfig, seed: int, epoch: Tensor, ids: Tensor,
     """Training times `(B,)` in [0, 1]."""
     if config.time == "uniform":
         return ops.uniform(seed, int(Stream.TIME), epoch, ids)[:, 0]
-    z = ops.normal(seed, int(Stream.TIME), epoch, ids, (1,))[:, 0]
-    return torch.sigmoid(z * config.time_std + config.time_mean)
+    z = ops.normal(seed, int(Stream.TIME), epoch, ids, (1,))[:, 0] * config.time_std + config.time_mean
+    if config.time == "lognormal" and config.path == "cosine":  # sigma / alpha = tan(pi t / 2) = exp(z)
+        return torch.atan(z.exp()) * (2 / math.pi)
+    return torch.sigmoid(z)  # on a linear path sigma / alpha = t / (1 - t)
 
 
 def noise(

@@ -163,7 +163,7 @@ def _hits(hit: Tensor, counted: Tensor, t: Tensor) -> Tensor:
 
     Only unlabelled samples count: with the label in the conditioning, accuracy says nothing about the features.
     """
-    bins = (t * TIME_BINS).to(torch.int64).clamp(max=TIME_BINS - 1)
+    bins = probe.time_bins(t, TIME_BINS)
     sums = torch.zeros(2, TIME_BINS, device=t.device)
     values = torch.stack([hit & counted, counted]).to(torch.float32)
     return sums.scatter_add(1, bins.expand(2, -1), values)

@@ -13,6 +13,8 @@ from lsep.errors import UserError, shown
 from lsep.run import write_atomic
 from lsep.sample import UNIT
 
+SETTINGS = "settings.json"
+"""What decided about samples, beside them or their parts."""
 _ROWS = 256
 """Images copied at once when parts are put together."""
 
@@ -31,16 +33,17 @@ class Parts:
 
     def open(self, settings: dict[str, Any]) -> None:
         """Begin, or go on with what was drawn under the same settings; raises UserError where they differ."""
-        file = self.folder / "settings.json"
+        file = self.folder / SETTINGS
         settings = json.loads(json.dumps({**settings, "part": self.size}))
         if file.exists():
             try:
                 before = json.loads(file.read_text())
-                changed = [k for k in settings if before[k] != settings[k]]
+                known = {"step": before["step"], **before}
+                changed = [k for k in settings if known.get(k) != settings[k]]  # earlier versions had fewer
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{file}: not settings of this program, remove {self.folder}") from None
             if changed:
-                told = "; ".join(f"{k}: {shown(before[k])} -> {shown(settings[k])}" for k in changed)
+                told = "; ".join(f"{k}: {shown(known.get(k))} -> {shown(settings[k])}" for k in changed)
                 raise UserError(
                     f"{self.folder} holds parts of other samples ({told}): remove it or give the same flags"
                 )

@@ -35,8 +35,19 @@ def draw_windows(
 def time_weights(config: ProbeConfig, t: Tensor) -> Tensor:
     """omega(t) `(B,)`: linear from weight_start to weight_end over weight_bins equal bins, constant inside a bin."""
     n = config.weight_bins
-    bins = (t * n).floor().clamp(max=n - 1)
+    bins = time_bins(t, n).to(t.dtype)
     return config.weight_start + (config.weight_end - config.weight_start) * bins / max(n - 1, 1)
+
+
+def time_bins(t: Tensor, count: int) -> Tensor:
+    """Which of `count` equal bins of [0, 1] each of the float32 times t is in, int64; a bin k begins with its edge.
+
+    The edge is the float32 nearest to k / count: (t * count).floor() has it in the bin below for some (13 / 22), and
+    times before it in the bin above for others (5 / 11).
+    """
+    below = (t.double() * count).floor()  # exact
+    edge = ((below + 1) / count).to(t.dtype)
+    return (below + (t >= edge)).to(torch.int64).clamp(max=count - 1)
 
 
 def epoch_factor(config: ProbeConfig, epoch: Tensor) -> Tensor:

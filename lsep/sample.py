@@ -10,6 +10,7 @@ once, and by however many processes.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,8 @@ Rounding = Literal["nearest", "truncate"]
 
 UNIT = 32
 """Images the model runs on at once, twice as many under guidance; the last ones are filled up."""
+GRID_MARK = ("lsep", "grid")
+"""Entry of the text in a PNG of `save_grid`."""
 DOPRI5_ERROR = {"atol": 1e-6, "rtol": 1e-3}
 """SiT's own setting; the step adapts to a unit's error, so its images depend on one another."""
 SDE_LAST_TIME = 0.04
@@ -41,21 +44,30 @@ SDE_LAST_TIME = 0.04
 
 
 def times(sampler: str, steps: int) -> list[float]:
-    """The times a sampler visits, from 1 (noise) to 0 (data): `steps` of them are evaluated."""
+    """The times a sampler visits, from 1 (noise) to 0 (data): `steps` of them are evaluated.
+
+    Each is the float64 nearest to its fraction, as 0.3 in a program is: a guidance interval has its ends at such times,
+    and `np.linspace(1, 0, 51)[35]` is below 0.3.
+    """
     if sampler != "sde":
-        return np.linspace(1, 0, steps + 1).tolist()
-    return [*np.linspace(1, SDE_LAST_TIME, steps).tolist(), 0.0] if steps > 1 else [1.0, 0.0]
+        return [(steps - i) / steps for i in range(steps + 1)]
+    if steps == 1:
+        return [1.0, 0.0]
+    last = Fraction(str(SDE_LAST_TIME))
+    return [*(float(1 - (1 - last) * Fraction(i, steps - 1)) for i in range(steps)), 0.0]
 
 
 def integrate(
-    velocity: Velocity, x: Tensor, sampler: str, steps: int, kind: str, step_noise: Callable[[int], Tensor]
-) -> Tensor:
+    velocity: Velocity, x: Tensor, sampler: str, steps: int, kind: str, step_noise: Callable[[int], Tensor],
+    corrector: Callable[[Tensor, float, float], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Carry noise x `(N, ...)` float64 at t = 1 to data at t = 0.
 
     ode: Euler. heun: Euler, then the mean of both slopes, but for the last step. sde: Euler-Maruyama on the reverse SDE
     dx = (v - w s / 2) dt + sqrt(w) dW with diffusion w = 2t and score s, the last step without noise.
     dopri5: torchdiffeq's adaptive Runge-Kutta of order 5, whatever `steps`.
-    `velocity(x, t)` and `step_noise(i)` are float64 like x; `kind` names the path.
+    `velocity(x, t)` and `step_noise(i)` are float64 like x; `kind` names the path. Heun's second slope is
+    `velocity(x, end of the step)`, or `corrector(x, end, start)` where that is given.
     """
     if sampler == "dopri5":
         return _dopri5(velocity, x)
@@ -70,7 +82,8 @@ def integrate(
             if not last:
                 x = x + math.sqrt(2 * t * -dt) * step_noise(i)
         elif sampler == "heun" and not last:
-            ahead = velocity(x + slope * dt, t_next)
+            there = x + slope * dt
+            ahead = velocity(there, t_next) if corrector is None else corrector(there, t_next, t)
             x = x + (slope + ahead) / 2 * dt
         else:
             x = x + slope * dt
@@ -96,25 +109,46 @@ def _dopri5(velocity: Velocity, x: Tensor) -> Tensor:
     return odeint(lambda t, x: velocity(x, float(t)), x, ends, method="dopri5", **DOPRI5_ERROR)[-1]
 
 
-def guided(model: Backbone, y: Tensor, config: SampleConfig, weak: Backbone | None = None) -> Velocity:
-    """The model's velocity under labels y `(N,)`, where guidance acts extrapolated from the unlabelled one.
+class Guided:
+    """A model's velocity under labels y `(N,)`, where guidance acts extrapolated from the unlabelled one.
+
+    Guidance acts at times from guidance_low to guidance_high, both included, on the first `cfg_channels` channels. A
+    model without labels has nothing to be guided by but a weaker one.
+    """
+
+    def __init__(
+        self, model: Backbone, y: Tensor, config: SampleConfig, weak: Backbone | None, unlabelled: bool
+    ) -> None:
+        self.model, self.y, self.config, self.weak = model, y, config, weak
+        self.null = torch.full_like(y, model.null_class)
+        self.off = config.cfg == 1 or (unlabelled and weak is None)
+
+    def __call__(self, x: Tensor, t: float, decides: float | None = None) -> Tensor:
+        """The velocity at x `(N, C, H, W)` and t, float64; decides: the time that must be in the interval, if not t."""
+        time = torch.full((len(x),), t, device=x.device)
+        decides, config = t if decides is None else decides, self.config
+        if self.off or not config.guidance_low <= decides <= config.guidance_high:
+            return self.model(x.float(), time, self.y).double()
+        if self.weak is not None:
+            strong, base = (m(x.float(), time, self.y).double() for m in (self.model, self.weak))
+        else:
+            both = torch.cat([self.y, self.null])
+            strong, base = self.model(x.float().repeat(2, 1, 1, 1), time.repeat(2), both).double().chunk(2)
+        guided = base + config.cfg * (strong - base)
+        if config.cfg_channels is None:
+            return guided
+        return torch.cat([guided[:, : config.cfg_channels], strong[:, config.cfg_channels :]], dim=1)
+
+
+def guided(
+    model: Backbone, y: Tensor, config: SampleConfig, weak: Backbone | None = None, unlabelled: bool = False
+) -> Guided:
+    """The velocity of `model` under labels y `(N,)` with the guidance of `config`, see `Guided`.
 
     weak: extrapolate from the velocity of this model under the same labels instead (autoguidance, arXiv 2406.02507).
+    unlabelled: the model was trained without labels.
     """
-    null = torch.full_like(y, model.null_class)
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        time = torch.full((len(x),), t, device=x.device)
-        if config.cfg == 1 or not config.guidance_low <= t <= config.guidance_high:
-            return model(x.float(), time, y).double()
-        if weak is not None:
-            strong, base = (m(x.float(), time, y).double() for m in (model, weak))
-            return base + config.cfg * (strong - base)
-        both = model(x.float().repeat(2, 1, 1, 1), time.repeat(2), torch.cat([y, null])).double()
-        labelled, unlabelled = both.chunk(2)
-        return unlabelled + config.cfg * (labelled - unlabelled)
-
-    return velocity
+    return Guided(model, y, config, weak, unlabelled)
 
 
 @torch.no_grad()
@@ -144,8 +178,10 @@ def draw(
             return normal(seed, Stream.SDE, i, ids, shape).double()
 
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            velocity = guided(model, y, config.sample, weak)
-            x = integrate(velocity, x, config.sample.sampler, config.sample.steps, config.interpolant.path, step_noise)
+            velocity = guided(model, y, config.sample, weak, not config.model.conditional)
+            corrector = velocity if config.sample.guidance_rule == "repa" else None
+            sampler, steps = config.sample.sampler, config.sample.steps
+            x = integrate(velocity, x, sampler, steps, config.interpolant.path, step_noise, corrector)
         parts.append(x.float())
     model.train(training)
     return torch.cat(parts)[before : before + len(labels)]
@@ -195,6 +231,7 @@ def seen(z: Tensor, manifest: Manifest) -> Tensor:
 def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: int = 48) -> None:
     """Tile uint8 images `(N, H, W, 1 or 3)` into one PNG; small ones are enlarged to about `side` pixels."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -206,7 +243,9 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG")
+    mark = PngInfo()
+    mark.add_text(*GRID_MARK)  # so that it is not taken for a sample
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG", pnginfo=mark)
     temporary.replace(path)
 
 

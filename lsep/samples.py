@@ -24,9 +24,9 @@ from lsep.data.encode import fingerprint
 from lsep.data.manifest import Manifest
 from lsep.decode import Decoder
 from lsep.dist import World, world
-from lsep.errors import UserError, shown
+from lsep.errors import UserError, nearest, shown
 from lsep.interpolant import Stream
-from lsep.parts import Parts, assemble
+from lsep.parts import SETTINGS, Parts, assemble
 from lsep.run import Run, write_atomic
 from lsep.sample import UNIT, Rounding
 from lsep.step import pick_device
@@ -34,7 +34,8 @@ from lsep_kernels.reference import uniform
 
 GRID = 400
 """Images in the PNG grid, at most: the first ones."""
-SETTINGS = "settings.json"
+_TIMES = "fractions"
+"""How `sample.times` has them; what was drawn by those before does not mix with these."""
 _PATIENCE = 86400.0
 """Seconds."""
 
@@ -64,7 +65,7 @@ def sample_run(
     Returns the PNG grids and .npz files: `arr_0` uint8 images (N, H, W, C), or float32 latents (N, C, H, W) as a VAE
     decodes them, and `arr_1` their labels. Raises UserError before anything is drawn where something is missing.
     """
-    _check(request, scales, out)
+    _check(config, request, scales, out)
     files = []
     # A process may wait long for another one's parts.
     with world(replace(config, dist=DistConfig(timeout=_PATIENCE)), pick_device(device)) as here:
@@ -75,7 +76,7 @@ def sample_run(
     return files
 
 
-def _check(request: Request, scales: tuple[float, ...], out: Path | None) -> None:
+def _check(config: Config, request: Request, scales: tuple[float, ...], out: Path | None) -> None:
     if not scales:
         raise UserError("--cfg is empty, expected at least one guidance scale")
     names = [f"{scale:g}" for scale in scales]
@@ -88,8 +89,28 @@ def _check(request: Request, scales: tuple[float, ...], out: Path | None) -> Non
         raise UserError("--classes is empty, expected at least one class")
     if request.seed < 0:
         raise UserError(f"--seed is {request.seed}, expected at least 0")
+    if not config.model.conditional and request.autoguidance is None and set(scales) != {1.0}:
+        raise UserError(
+            f"--cfg is {', '.join(names)}, but the run's model is unconditional, so there is no label to guide by: "
+            "expected 1, or --autoguidance"
+        )
     if request.autoguidance is not None and set(scales) == {1.0}:
         raise UserError("--autoguidance acts where --cfg is not 1, and it is 1: expected another scale")
+
+
+def class_numbers(given: tuple[str, ...], manifest: Manifest) -> tuple[int, ...]:
+    """Classes by their numbers or names; what is a number counts as one. Raises UserError for another name."""
+    numbers = []
+    for name in given:
+        if name.removeprefix("-").isdecimal() and name.isascii():
+            numbers.append(int(name[:20]))
+        elif name in manifest.class_names:
+            numbers.append(manifest.class_names.index(name))
+        elif manifest.class_names:
+            raise UserError(f"--classes holds {shown(name)}{nearest(name, manifest.class_names[:2000])}")
+        else:
+            raise UserError(f"--classes holds {shown(name)}, but the run's classes have no names: expected numbers")
+    return tuple(numbers)
 
 
 class Job:
@@ -192,7 +213,7 @@ class Job:
         given = {k: v for k, v in asdict(self.request).items() if k not in ("precision", "autoguidance")}
         return {
             "step": self.step, **given, "classes": self.request.classes and list(self.request.classes),
-            **asdict(config), "precision": self.config.train.precision, **self.sources,
+            **asdict(config), "times": _TIMES, "precision": self.config.train.precision, **self.sources,
         }  # fmt: skip
 
     def _folder_name(self, config: SampleConfig) -> str:
@@ -201,6 +222,9 @@ class Job:
         name = f"step-{self.step:07d}-{config.sampler}-{config.steps}-cfg-{config.cfg:g}-seed-{request.seed}"
         if config.cfg != 1 and (config.guidance_low, config.guidance_high) != (0, 1):
             name += f"-from-{config.guidance_low:g}-to-{config.guidance_high:g}"
+        if config.cfg != 1:
+            name += "" if config.guidance_rule == "time" else f"-{config.guidance_rule}"
+            name += "" if config.cfg_channels is None else f"-of-{config.cfg_channels}-channels"
         name += "" if request.average == "ema" else f"-{request.average}"
         name += "" if request.classes is None else "-classes-" + "-".join(map(str, request.classes))
         name += "" if request.labels == "balanced" else "-random"

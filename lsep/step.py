@@ -6,7 +6,6 @@ The step itself is a function of tensors alone, without a host sync, and so a CU
 """
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsep import backbone, backends, checkpoint
-from lsep.align import take_projectors
+from lsep import backbone, backends
 from lsep.averages import Averages, kept
 from lsep.backbone import Backbone
 from lsep.backends import Backends
-from lsep.checks import check, resolve, resolve_align
+from lsep.checks import check, require_classes, resolve, resolve_align
 from lsep.config import Config
 from lsep.data import order
 from lsep.data.loader import Batch, Loader, open_source
@@ -40,6 +38,7 @@ from lsep.plan import BranchPlan, branch_plan
 from lsep.ranges import span
 from lsep.run import Run
 from lsep.teacher import Teacher, open_teacher
+from lsep.weights.starting import start
 
 
 @dataclass
@@ -107,11 +106,10 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         require_wandb()
     source = open_source(config.data)
     config = resolve(config, source.manifest)
-    if world.main:
-        notes = [source.manifest.unseen() if config.model.conditional else None]
-        notes += [None if source.manifest.labelled else "no labels: the model is unconditional, and the probe is off"]
-        for note in filter(None, notes):
-            print(note, file=sys.stderr)
+    notes = [source.manifest.unseen() if config.model.conditional else None]
+    notes.append(None if source.manifest.labelled else "no labels: the model is unconditional, and the probe is off")
+    if begins:
+        require_classes(config, source.manifest)
     if config.train.precision == "auto":  # settled here, so that a run cannot change it on another machine
         precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
         config = replace(config, train=replace(config.train, precision=precision))
@@ -122,11 +120,9 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)
+    said: list[str] = []
     if begins and config.train.init is not None:
-        run = Run.existing(config.train.init)
-        checkpoint.start_from(checkpoint.find(run.checkpoints, None), objective)
-        if objective.projectors is not None:
-            take_projectors(objective.projectors, run.projectors_file)
+        said = start(Run.existing(config.train.init), config, source.manifest, objective)
     objective.to(device)
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     further = {name: copy.deepcopy(ema) for name in kept(config.optim)}
@@ -143,6 +139,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
     micro = config.optim.accumulate
     own = range(world.rank * micro, (world.rank + 1) * micro)
     plans = {probe: [branch_plan(config, i, micro * world.size, probe) for i in own] for probe in (False, True)}
+    warnings = [*backends.substitutes(config, device), *said]
     compute = partial(compute_step, parallel, optimizer, averages, plans, at_step, at_epoch, bf16)
     return State(
         config=config,
@@ -160,7 +157,7 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         at_epoch=at_epoch,
         steps_per_epoch=order.steps_per_epoch(source.manifest.rows, config.train.batch_size),
         backends=chosen,
-        notes=[f"warning: {text}" for text in backends.substitutes(config, device)] + fitted.notes,
+        notes=[*(f"warning: {text}" for text in warnings), *fitted.notes, *filter(None, notes)],
         step_bytes=fitted.needed,
     )
 

@@ -17,10 +17,14 @@ from lsep.data.latents import deviation_of_vae, of_vae
 from lsep.data.manifest import Manifest, Source
 from lsep.errors import UserError
 from lsep.evaluate.archives import Archive
+from lsep.parts import SETTINGS
 from lsep.run import Run
+from lsep.sample import GRID_MARK
 
 _PIXELS = "uint8 images (N, H, W, 1 or 3)"
 _LATENTS = "float32 latents (N, C, H, W)"
+_GRID_NAME = re.compile(r"(grid|step-\d+).*\.png")
+"""Names that grids of ours have; 50,000 files are not opened twice to look for one."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,15 @@ class Images:
     latents: bool
     batches: Callable[[int], Iterator[np.ndarray]]
     """Called with a batch size: all of them in order."""
+    notes: tuple[str, ...] = ()
+    """What was passed over, for the warnings of a result."""
 
 
 def open_images(path: str, latents: bool = False) -> Images:
     """The images at `path`: an .npz with `arr_0`, a run, a store or `digits`, or a folder of images at any depth.
 
-    `latents`: latents are wanted. Raises UserError where the other is found.
+    A folder that `lsep sample` wrote is its samples file. `latents`: latents are wanted. Raises UserError where the
+    other is found.
     """
     folder = Path(path)
     if path == "digits" and not folder.exists():
@@ -54,7 +61,7 @@ def open_images(path: str, latents: bool = False) -> Images:
 
         images = of_source(Store(folder))
     elif folder.is_dir():
-        images = of_folder(folder)
+        images = of_folder(folder) if (file := samples_file(folder)) is None else of_archive(Archive(file))
     else:
         raise UserError(f"{path}: not there, expected an .npz file, a folder of images, a store or a run")
     if images.latents != latents:
@@ -92,11 +99,64 @@ def newest_samples(run: Run) -> Path:
     return newest[0]
 
 
+def samples_file(folder: Path) -> Path | None:
+    """The one .npz of samples below a folder of `lsep sample`; None where it is a folder of images.
+
+    Raises UserError where there is more than one, or images beside it that are not its grids.
+    """
+    if folder.resolve().name == "samples" and (folder.resolve().parent / "config.json").is_file():
+        return newest_samples(Run.existing(folder.resolve().parent))
+    below = (p for p in sorted(folder.rglob("*.npz")) if p.is_file() and not _hidden(p.relative_to(folder)))
+    files = [p for p in below if _holds_samples(p)]
+    if not files:
+        if not _images_below(folder) and (parts := next(folder.rglob("*.npz.parts"), None)):
+            raise UserError(f"{parts}: a sampling that is not finished; give its lsep sample command again to go on")
+        return None
+    grids = {p for file in files for p in (file.with_suffix(".png"), file.parent / "grid.png")}
+    images = [p for p in _images_below(folder) if p not in grids and not _is_grid(p)]
+    names = ", ".join(str(f.relative_to(folder)) for f in files[:5])
+    if images:
+        raise UserError(
+            f"{folder}: {len(images)} images and {len(files)} files of samples ({names}), expected one or the other: "
+            "name the file, or a folder of images alone"
+        )
+    if len(files) > 1:
+        raise UserError(f"{folder}: {len(files)} sets of samples ({names}), expected one: name it")
+    return files[0]
+
+
+def _holds_samples(file: Path) -> bool:
+    try:
+        header = Archive(file).headers.get("arr_0")
+    except UserError:
+        return (file.parent / SETTINGS).is_file()  # ours, and damaged, which is said when it is read
+    return header is not None and len(header.shape) == 4
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p.relative_to(folder)))
+
+
+def _is_grid(path: Path) -> bool:
+    """Whether an image of such a name is a grid of ours."""
+    if not _GRID_NAME.fullmatch(path.name):
+        return False
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get(GRID_MARK[0]) == GRID_MARK[1]
+    except Exception:  # damaged, which is said when it is read: PIL raises anything
+        return False
+
+
 def of_folder(folder: Path) -> Images:
-    """All images below a folder, sorted by path, in RGB; they must be of one size."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p.relative_to(folder)))
+    """All images below a folder, sorted by path, in RGB; they must be of one size. Grids of ours are passed over."""
+    below = _images_below(folder)
+    paths = [p for p in below if not _is_grid(p)]
     if not paths:
-        raise UserError(f"{folder}: no images below it, expected some ({', '.join(SUFFIXES)})")
+        grids = f", but {len(below)} grids of samples" if below else ""
+        raise UserError(f"{folder}: no images below it{grids}, expected some ({', '.join(SUFFIXES)})")
     first = np.asarray(load_image(paths[0])).shape
 
     def batches(size: int) -> Iterator[np.ndarray]:
@@ -116,7 +176,9 @@ def of_folder(folder: Path) -> Images:
             each(fill, len(part))
             yield x
 
-    return Images(str(folder), len(paths), first, False, batches)
+    left = len(below) - len(paths)
+    notes = (f"{folder}: {left} {'grid' if left == 1 else 'grids'} of samples left out",) if left else ()
+    return Images(str(folder), len(paths), first, False, batches, notes)
 
 
 def _hidden(path: Path) -> bool:

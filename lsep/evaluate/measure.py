@@ -64,7 +64,14 @@ def evaluate(
         "precision_of_features": extractor.precision,
         "device": extractor.device.type,
         "metrics": {_key(m, extractor): v for m, v in values.items()},
-        "warnings": _warnings(found, known, extractor, values),
+        "shape": list(samples.shape),
+        "shape_of_reference": None if known.shape is None else list(known.shape),
+        "warnings": [
+            *samples.notes,
+            *known.notes,
+            *_sizes(samples, known),
+            *_warnings(found, known, extractor, values),
+        ],
         "lsep": __version__,
         "torch": torch.__version__,
     }
@@ -125,6 +132,15 @@ def _neighbours(
             "value": float(kids.mean()), "std": float(kids.std(correction=0)), "subsets": SUBSETS, "subset_size": size
         }  # fmt: skip
     return values
+
+
+def _sizes(samples: Images, known: Reference) -> list[str]:
+    """A warning where samples and reference differ in size: an extractor that resizes gives figures for both."""
+    if known.shape in (None, samples.shape):
+        return []
+    kind = "C x H x W" if samples.latents else "H x W x C"
+    own, theirs = (" x ".join(map(str, shape or ())) for shape in (samples.shape, known.shape))
+    return [f"the samples are of {own} ({kind}), the reference of {theirs}: they differ before any feature is computed"]
 
 
 def _warnings(found: Extracted, known: Reference, extractor: Extractor, values: dict[str, Any]) -> list[str]:

@@ -41,6 +41,10 @@ class Reference:
     """Of the extractor; None where the file does not say it."""
     floor: float | None = None
     """Frechet distance between two halves of the set: what no better samples of half as many images would have."""
+    shape: tuple[int, ...] | None = None
+    """Of an image (H, W, C), or a latent (C, H, W); None where the file does not say it."""
+    notes: tuple[str, ...] = ()
+    """See `Images`."""
 
 
 def compute(images: Images, extractor: Extractor, batch_size: int, keep: int = KEEP) -> Reference:
@@ -52,15 +56,17 @@ def compute(images: Images, extractor: Extractor, batch_size: int, keep: int = K
         floor = frechet_distance(first, second)
     spatial = None if found.spatial is None else found.spatial.gaussian()
     return Reference(
-        images.source, found.moments.gaussian(), images.count, spatial, found.features, extractor.precision, floor
-    )
+        images.source, found.moments.gaussian(), images.count, spatial, found.features, extractor.precision, floor,
+        images.shape, images.notes,
+    )  # fmt: skip
 
 
 def save(reference: Reference, extractor: Extractor, path: Path) -> None:
     """Write our file."""
     about = {
         "format": FORMAT, "version": VERSION, "source": reference.source, "count": reference.count,
-        "precision": reference.precision, "floor": reference.floor, **asdict(extractor.identity),
+        "precision": reference.precision, "floor": reference.floor, "shape": reference.shape,
+        **asdict(extractor.identity),
     }  # fmt: skip
     arrays: dict[str, Any] = {"mu": reference.pool.mean, "sigma": reference.pool.cov}
     if reference.spatial is not None:
@@ -114,8 +120,9 @@ def load(archive: Archive, extractor: Extractor) -> Reference:
             )
         features = _tensor(archive, "features", extractor.device)
     return Reference(
-        str(about["source"]), pool, about["count"], spatial, features, str(about["precision"]), about["floor"]
-    )
+        str(about["source"]), pool, about["count"], spatial, features, str(about["precision"]), about["floor"],
+        None if about.get("shape") is None else tuple(about["shape"]),
+    )  # fmt: skip
 
 
 def _about(archive: Archive) -> dict[str, Any]:
@@ -130,6 +137,9 @@ def _about(archive: Archive) -> dict[str, Any]:
     for key, fits in kinds.items():
         if type(about.get(key)) not in fits:
             raise UserError(f"{where}: {key} is {shown(about.get(key))}, expected {fits[0].__name__}")
+    shape = about.get("shape")  # not said by earlier versions
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)):
+        raise UserError(f"{where}: shape is {shown(shape)}, expected three counts")
     return about
 
 
@@ -145,10 +155,12 @@ def _of_adm(archive: Archive, extractor: Extractor, batch_size: int, features: b
             raise UserError(f"{archive.where(name)} is {archive.headers[name].shape}, expected ({width},) of Inception")
     pool = _gaussian(archive, "mu", "sigma", extractor.device)
     spatial = _gaussian(archive, "mu_s", "sigma_s", extractor.device) if "mu_s" in archive.headers else None
-    kept = None
-    if features and "arr_0" in archive.headers:
+    kept, shape = None, None
+    if "arr_0" in archive.headers:
+        shape = archive.headers["arr_0"].shape[1:]
+    if features and shape is not None:
         kept = extract(of_archive(archive), extractor, batch_size, KEEP).features
-    return Reference(str(archive.path), pool, None, spatial, kept)
+    return Reference(str(archive.path), pool, None, spatial, kept, shape=shape)
 
 
 def _gaussian(archive: Archive, mean: str, cov: str, device: torch.device) -> Gaussian:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lsep.config import AlignConfig, Config, ModelConfig, from_dict
@@ -13,7 +14,8 @@ from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, shown, told
 from lsep.presets import PRESETS
 from lsep.weights import diffusers_dit
-from lsep.weights.convention import TIME, flip_time, refit
+from lsep.weights.convention import TIME, flip_time, refit_or_anew
+from lsep.weights.names import listed
 from lsep.weights.read import Raw, Tensors, count_blocks
 
 Form = Literal["sit", "repa", "lsep", "dit", "diffusers"]
@@ -34,6 +36,8 @@ class Foreign:
 
     form: Form
     tensors: Tensors
+    rounding: float = 0.0
+    """See `Raw`."""
     classifier: Tensors = field(default_factory=dict)
     projectors: Tensors = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -76,8 +80,8 @@ def translate(raw: Raw, form: Form) -> Foreign:
     if form == "diffusers":
         tensors, notes = diffusers_dit.read(raw)
         _require_shapes(tensors, str(raw.path))
-        return _half_the_output(Foreign(form, tensors, notes=notes))
-    found = Foreign(form, {})
+        return _half_the_output(Foreign(form, tensors, raw.rounding, notes=[*raw.notes, *notes]))
+    found = Foreign(form, {}, raw.rounding, notes=[*raw.notes])
     if raw.rest.get("format") == "lsep":
         found.config = _own_config(raw)
         found.manifest = _own_manifest(raw, found.config)
@@ -104,11 +108,12 @@ def translate(raw: Raw, form: Form) -> Foreign:
                 found.tensors[TIME] = before
         found.notes.append("SiT's time and velocity turned into ours, exactly: t = 1 is noise here")
     elif form == "dit":
-        weight, error = refit(found.tensors[TIME], (999.0, weight_half(found)), (1.0, weight_half(found)))
-        found.tensors[TIME] = weight
+        found.tensors[TIME], fitted = refit_or_anew(
+            found.tensors[TIME], (999.0, weight_half(found)), (1.0, weight_half(found))
+        )
         found.notes.append(
-            f"DiT predicts noise over 1,000 discrete times: this is a warm start, to be trained, no flow model "
-            f"(its time layer is refitted to t in [0, 1] with a relative error of {error:.1e})"
+            "DiT predicts noise over 1,000 discrete times: this is a warm start, to be trained, no flow model "
+            f"({fitted})"
         )
     return found
 
@@ -117,12 +122,14 @@ def _require_shapes(tensors: Tensors, where: str) -> None:
     """Raise UserError unless all are numbers, and those that are turned or cut have their dimensions."""
     for name, dimensions in _TURNED.items():
         if name not in tensors:
-            raise UserError(f"{where}: no tensor {name}, expected the weights of a SiT or DiT")
+            raise UserError(
+                f"{where}: no tensor {name} ({listed(tensors)} found), expected the weights of a SiT or DiT"
+            )
         if tensors[name].ndim != dimensions or not tensors[name].numel():
             raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, expected {dimensions} dimensions")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{where}: {name} is of {tensor.dtype}, expected floating-point numbers")
+        if tensor.dtype not in (torch.float32, torch.float64):  # halves are float32 by now; fp8 means nothing unscaled
+            raise UserError(f"{where}: {name} is of {tensor.dtype}, expected floating-point numbers of 16 bits or more")
 
 
 def _own_config(raw: Raw) -> Config:
@@ -188,7 +195,9 @@ def configuration(found: Foreign, where: str, num_heads: int | None) -> Config:
         classes = len(t["y_embedder.embedding_table.weight"]) - 1
         tokens = t["pos_embed"].shape[1]
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{where}: no usable tensor {shown(str(error.args[0]))}, from which sizes follow") from None
+        raise UserError(
+            f"{where}: no usable tensor {shown(str(error.args[0]))}, from which sizes follow ({listed(t)} found)"
+        ) from None
     heads = num_heads or HEADS.get(width)
     if heads is None:
         raise UserError(f"{where}: width {width} is of no published size, expected --num-heads")

@@ -66,14 +66,14 @@ def _objective(config: Config, manifest: Manifest, found: Foreign, where: str) -
     wanted = {k.removeprefix("model."): v for k, v in objective.state_dict().items()}
     fit(found, wanted, where)
     own = sincos_positions(config.grid, config.model.hidden_size)[None]
-    if (found.tensors["pos_embed"].float() - own).abs().max() > 1e-5:
+    if (found.tensors["pos_embed"].float() - own).abs().max() > max(1e-5, found.rounding):
         raise UserError(f"{where}: pos_embed holds other positions than SiT's frozen sines and cosines")
     found.tensors["pos_embed"] = own
     tensors = {f"model.{k}": v.float().contiguous() for k, v in found.tensors.items()}
     tensors |= {k: v.float().contiguous() for k, v in found.classifier.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{where}: {name} holds values that are not finite")
+            raise UserError(f"{where}: {name.removeprefix('model.')} holds values that are not finite")
     objective.load_state_dict(tensors, assign=True)
     return objective
 
