@@ -5,6 +5,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from lsep.files import replacing
+
 
 def svg(figure: Any) -> str:
     """A matplotlib figure as an element of a page."""
@@ -24,9 +26,8 @@ def picture(png: bytes, caption: str) -> str:
 
 def save_png(figure: Any, path: Path) -> None:
     """A matplotlib figure as a file, there as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def page(title: str, body: str) -> str:

@@ -16,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lsep import files
 from lsep.config import Config, flat, from_dict
 from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, one_line, shown, told
+from lsep.files import write_atomic
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
@@ -53,6 +55,7 @@ class Run:
         self.samples = self.path / "samples"
         self.report_file = self.path / "report.html"
         self.lock_file = self.path / "lock"
+        self.wandb_file = self.path / "wandb-id"
         self.projectors_file = self.path / "projectors.safetensors"
         """REPA's, of an import that kept them; `train.init` takes them for a run that aligns."""
 
@@ -60,15 +63,32 @@ class Run:
     def existing(cls, path: str | Path) -> "Run":
         """A run that is there; raises UserError otherwise."""
         run = cls(path)
-        if not run.config_file.is_file():
+        run.require_plain()
+        if not run.config_file.exists():
             raise UserError(f"{run.path}: not a run directory, config.json not found")
         return run
+
+    def require_plain(self) -> None:
+        """Raise UserError where the directory, or something of a run in it, is not what its name says.
+
+        The directory itself may be a link; in it links are refused: a stranger's run could have one to anything.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is no directory, expected that of a run")
+        for file in (
+            self.config_file, self.metrics_file, self.results_file, self.report_file, self.lock_file, self.wandb_file,
+            self.projectors_file,
+        ):  # fmt: skip
+            files.require(file)
+        for folder in (self.checkpoints, self.snapshots, self.samples, self.path / "tensorboard", self.path / "wandb"):
+            files.require(folder, folder=True)
 
     def check(self, config: Config, manifest: Manifest, teacher: dict[str, str] | None = None) -> None:
         """Raise UserError when the directory is another run's, or not a run's at all; touches nothing.
 
         teacher: what tokens are aligned with, see `Teacher.identity`.
         """
+        self.require_plain()
         if self.config_file.exists():
             changed = differences(self.config(), config)
             before, after = asdict(self.manifest()), asdict(manifest)
@@ -130,7 +150,7 @@ class Run:
         if not self.lock_file.exists():
             return
         try:
-            holder = json.loads(self.lock_file.read_text())
+            holder = json.loads(files.read_plain(self.lock_file))
             host, pid, since = holder["host"], int(holder["pid"]), holder["since"]
             start = holder["start"]
         except (ValueError, KeyError, TypeError):
@@ -187,7 +207,7 @@ class Run:
 
     def _config_json(self) -> dict[str, Any]:
         try:
-            values = json.loads(self.config_file.read_text())
+            values = json.loads(files.read_plain(self.config_file))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.config_file}: cannot be read as JSON ({told(error)})") from None
         if not isinstance(values, dict):
@@ -225,13 +245,6 @@ class Run:
     def results(self) -> dict[str, Any]:
         """Figures of the finished run."""
         return json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small file in one step: a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _this_process() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lsep.backbone import Backbone
 from lsep.config import BackendConfig, Config, SampleConfig
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
+from lsep.files import replacing
 from lsep.interpolant import Stream, velocity_to_score
 from lsep.objective import Objective
 from lsep.run import Run
@@ -192,9 +193,8 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), channels)
     sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG")
 
 
 def load_ema(

@@ -25,6 +25,7 @@ from lsep.data.manifest import Manifest
 from lsep.decode import Decoder
 from lsep.dist import World, world
 from lsep.errors import UserError, shown
+from lsep.files import read_plain
 from lsep.interpolant import Stream
 from lsep.parts import Parts, assemble
 from lsep.run import Run, write_atomic
@@ -232,8 +233,8 @@ def _finished(npz: Path, grid: Path, parts: Parts, settings: dict[str, Any]) -> 
     if parts.folder.exists() or not (npz.is_file() and grid.is_file()):
         return False
     try:
-        there = json.loads((npz.parent / SETTINGS).read_text())
-    except (OSError, ValueError):
+        there = json.loads(read_plain(npz.parent / SETTINGS))
+    except (OSError, ValueError, UserError):
         return False
     if there != json.loads(json.dumps(settings)):
         return False
