@@ -13,8 +13,8 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from lsep.errors import UserError
 
@@ -121,26 +121,27 @@ def read_plain(path: Path, limit: int = SMALL) -> bytes:
     except OSError as error:
         require(path)
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _unexpected(path, status.st_mode, folder=False)
         if status.st_size > limit:
             raise UserError(f"{path}: has {status.st_size} bytes, expected at most {limit}")
-        return file.read(limit)
+        with FileIO(fd, closefd=False) as file:
+            return file.readall()
+    finally:
+        os.close(fd)
 
 
-def open_to_append(path: Path) -> IO[bytes]:
-    """A plain file, or a new one, to be added to; raises UserError for anything else."""
+def open_to_append(path: Path) -> FileIO:
+    """A plain file, or a new one, to be added to without a buffer; raises UserError for anything else."""
     try:
-        fd = os.open(
-            path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
-        )
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             require(path)
         raise
-    file = os.fdopen(fd, "ab")
+    file = FileIO(fd, "ab")
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         file.close()
         require(path)

@@ -1,12 +1,14 @@
 """Where the figures of a run go: metrics.jsonl, TensorBoard, Weights & Biases when asked for, and the terminal."""
 
+import re
 import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lsep.errors import DISK, UserError
+from lsep import files
+from lsep.errors import DISK, UserError, shown
 from lsep.run import Run
 
 
@@ -37,7 +39,7 @@ class Logger:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, values["step"])
         if self.wandb is not None:
-            self.wandb.log(numbers, step=values["step"])
+            self.wandb.log({**numbers, "step": values["step"]})
         accuracy = values["probe_accuracy"]
         shown = {
             "loss": "not finite" if values["loss"] is None else f"{values['loss']:.4f}",
@@ -76,6 +78,9 @@ class Logger:
             self.wandb.finish()
 
 
+_WANDB_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
+
+
 class Quiet:
     """The logger of every process but the first: says nothing."""
 
@@ -109,9 +114,18 @@ def require_wandb() -> Any:
 
 def _start_wandb(run: Run, project: str, settings: dict[str, Any]) -> Any:
     # The id is the run's own, not its name's: another run of the same name must not continue this one's curves.
-    file = run.path / "wandb-id"
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex)
-    return require_wandb().init(
-        project=project, dir=str(run.path), name=run.path.name, id=file.read_text(), resume="allow", config=settings
+    try:
+        name = files.read_plain(run.wandb_file).decode("ascii", "replace").strip()
+    except FileNotFoundError:
+        name = uuid.uuid4().hex
+        files.write_atomic(run.wandb_file, name)
+    if not _WANDB_ID.fullmatch(name):
+        raise UserError(f"{run.wandb_file}: is {shown(name)}, expected the id of a W&B run: remove it for a new one")
+    recorder = require_wandb().init(
+        project=project, dir=str(run.path), name=run.path.name, id=name, resume="allow", config=settings
     )
+    # W&B drops values at a step of its own that is not above the last: those after a rollback, and of a session that
+    # went on from an earlier checkpoint. Against a metric of ours it keeps all.
+    recorder.define_metric("step")
+    recorder.define_metric("*", step_metric="step")
+    return recorder

@@ -7,9 +7,13 @@ RUN/lock  while a training runs: its host, its pid, when that process began, and
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
+import platform
+import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,6 +25,7 @@ from lsep.config import Config, flat, from_dict
 from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, one_line, shown, told
 from lsep.files import write_atomic
+from lsep.launch import this_command
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
@@ -82,6 +87,17 @@ class Run:
             files.require(file)
         for folder in (self.checkpoints, self.snapshots, self.samples, self.path / "tensorboard", self.path / "wandb"):
             files.require(folder, folder=True)
+
+    def grid(self, step: int) -> Path:
+        """The picture of samples at `step`."""
+        return self.samples / f"step-{step:07d}.png"
+
+    def grids(self) -> list[tuple[int, Path]]:
+        """Steps and pictures of the samples drawn in training, in order; other files there are none of the run's."""
+        if not self.samples.is_dir():
+            return []
+        named = ((_GRID.fullmatch(path.name), path) for path in self.samples.iterdir())
+        return sorted((int(found[1]), path) for found, path in named if found)
 
     def check(self, config: Config, manifest: Manifest, teacher: dict[str, str] | None = None) -> None:
         """Raise UserError when the directory is another run's, or not a run's at all; touches nothing.
@@ -172,7 +188,10 @@ class Run:
         """Write the resolved `config` of a run that starts or goes on here, and what `check` compares."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            entry = {"preset": preset, **asdict(config), "manifest": asdict(manifest), "teacher": teacher or {}}
+            entry = {
+                "preset": preset, **asdict(config), "manifest": asdict(manifest), "teacher": teacher or {},
+                "sessions": [*self.sessions(), _this_session()][-_SESSIONS:],
+            }  # fmt: skip
             write_atomic(self.config_file, json.dumps(entry, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
@@ -180,7 +199,7 @@ class Run:
     def config(self) -> Config:
         """The resolved configuration the run was trained with."""
         values = self._config_json()
-        for name in ("preset", "manifest", "teacher"):
+        for name in ("preset", "manifest", "teacher", "sessions"):
             values.pop(name, None)
         return from_dict(values, str(self.config_file))
 
@@ -205,6 +224,13 @@ class Run:
         """Name of the preset the run started from."""
         return str(self._config_json().get("preset", "?"))[:80]
 
+    def sessions(self) -> list[dict[str, str]]:
+        """When, by which command and with which versions the run was begun and continued; none of earlier versions."""
+        found = self._config_json().get("sessions") if self.config_file.exists() else None
+        if not isinstance(found, list):
+            return []
+        return [{k: str(s.get(k, "?"))[:2000] for k in _SESSION} for s in found if isinstance(s, dict)][-_SESSIONS:]
+
     def _config_json(self) -> dict[str, Any]:
         try:
             values = json.loads(files.read_plain(self.config_file))
@@ -215,16 +241,21 @@ class Run:
         return values
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged lines so far; a last line cut short by a kill is left out."""
-        if not self.metrics_file.exists():
+        """The logged lines so far, each with its step; what a kill or damage has left of others is left out.
+
+        Damage is said once per process; half a last line, as a kill leaves it, is not worth a word.
+        """
+        try:
+            texts = files.read_plain(self.metrics_file, _METRICS_LIMIT).split(b"\n")
+        except FileNotFoundError:
             return []
-        lines = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
+        lines = [_parsed(text) for text in texts]
+        damaged = [i + 1 for i, line in enumerate(lines[:-1]) if line is None]
+        if damaged and str(self.metrics_file) not in _TOLD:
+            _TOLD.add(str(self.metrics_file))
+            more = f" and {len(damaged) - 1} others are" if len(damaged) > 1 else " is"
+            print(f"lsep: warning: {self.metrics_file}: line {damaged[0]}{more} damaged and left out", file=sys.stderr)
+        return [line for line in lines if line is not None]
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps after `step`: they belong to steps that are lost and will be run again."""
@@ -232,19 +263,70 @@ class Run:
         write_atomic(self.metrics_file, "".join(kept))
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        """Add a line, or, where the disk does not take it, leave the file as it was and raise OSError."""
-        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        """Add a line, or, where the disk does not take it, leave the file as it was and raise OSError.
+
+        Raises UserError where the directory is gone.
+        """
         try:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError:
-            with contextlib.suppress(OSError):  # half a line would hide all that follow
-                os.truncate(self.metrics_file, size)
-            raise
+            file = files.open_to_append(self.metrics_file)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path}: the run's directory is gone, removed or renamed while it trained: put it back and "
+                "start the same command again, which goes on from its newest checkpoint"
+            ) from None
+        with file:
+            size, left = os.fstat(file.fileno()).st_size, memoryview(json.dumps(values).encode() + b"\n")
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # half a line would spoil the next
+                    os.ftruncate(file.fileno(), size)
+                raise
 
     def results(self) -> dict[str, Any]:
-        """Figures of the finished run."""
-        return json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
+        """Figures of the finished run; none where the file is missing or damaged."""
+        try:
+            values = json.loads(files.read_plain(self.results_file))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+
+_SESSION = ("date", "command", "versions")
+_SESSIONS = 100
+"""Of a run that are kept."""
+_GRID = re.compile("step-([0-9]{7,15})[.]png", re.ASCII)
+_METRICS_LIMIT = 4 << 30
+"""Bytes of metrics.jsonl, at most: a line has less than 1 KiB."""
+_LISTS = ("probe_accuracy_by_time",)
+_TOLD: set[str] = set()
+"""Files whose damage was said."""
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl: a step, and besides it numbers, nulls and lists of them; None for anything else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+        return None
+    if any(isinstance(v, list) != (k in _LISTS) for k, v in values.items() if v is not None):
+        return None
+    numbers = [n for v in values.values() for n in (v if isinstance(v, list) else [v])]
+    # An integer of more digits than a float has room for would fail where it is drawn.
+    fits = all(n is None or isinstance(n, float) or (isinstance(n, int) and abs(n) < 2**62) for n in numbers)
+    return values if fits else None
+
+
+def _this_session() -> dict[str, str]:
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("lsep", "torch", "numpy", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    date = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return {"date": date, "command": this_command(), "versions": ", ".join(versions)}
 
 
 def _this_process() -> dict[str, Any]:

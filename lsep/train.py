@@ -46,6 +46,7 @@ def train(
         here.at("the start")
 
         def look() -> None:
+            run.require_plain()
             sample.require(config.sample.sampler)  # not only at the first grid
             if resume and latest(run.checkpoints) is None:
                 raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
@@ -99,13 +100,12 @@ class _Training:
         def start() -> list[float | None] | None:
             if progress.step > steps:
                 raise UserError(f"--train.steps is {steps}, but {self.run.path} is at step {progress.step} already")
-            self.run.open(state.config, state.source.manifest, preset, state.teacher.identity)
-            if self.run.results().get("steps") == progress.step == steps:
-                print(f"{self.run.path}: already at step {steps} of {steps}, nothing to train")
+            if progress.step == steps and self.is_whole():
                 return None
+            self.run.open(state.config, state.source.manifest, preset, state.teacher.identity)
             self.forget_after(progress.step)
             self.logger = Logger(self.run, progress.step, steps, self.settings.wandb, asdict(state.config))
-            return [line["loss"] for line in self.run.metrics()]
+            return [line.get("loss") for line in self.run.metrics()]
 
         losses = self.world.on_main(start)
         if losses is None:
@@ -129,9 +129,21 @@ class _Training:
                 raise KeyboardInterrupt
             if outcome.signum:
                 raise Preempted(outcome.signum, outcome.step)
-            self.finish(outcome.batches)
+            self.finish(outcome.batches, progress)
         finally:
             self.logger.close()
+
+    def is_whole(self) -> bool:
+        """Whether a run that is at its last step has all that an end leaves; a page that is missing is made here."""
+        from lsep import ending, report
+
+        missing = ending.missing(self.run, self.settings.steps)
+        if missing and missing != [ending.REPORT]:
+            return False
+        print(f"{self.run.path}: already at step {self.settings.steps} of {self.settings.steps}, nothing to train")
+        if missing:
+            print(f"report:  {report.render(self.run)}, which was missing")
+        return True
 
     def load(self, strict: bool = False) -> Progress:
         """The newest checkpoint's state, or the beginning."""
@@ -252,12 +264,12 @@ class _Training:
             config, manifest = self.state.config, self.state.source.manifest
             labels = sample.grid_labels(config.sample.num, manifest.num_classes)
             x = sample.draw(model, config, labels, config.train.seed)
-            sample.save_grid(sample.to_images(x, manifest), self.run.samples / f"step-{step:07d}.png")
+            sample.save_grid(sample.to_images(x, manifest), self.run.grid(step))
         self.world.barrier()
 
-    def finish(self, batches: list[Batch]) -> None:
+    def finish(self, batches: list[Batch], progress: Progress) -> None:
         """The last samples, the cost of LSEP, results and report."""
-        from lsep import report
+        from lsep import ending
 
         state, model = self.state, average_model(self.state)
         self.world.at("the samples and the report at the end")
@@ -270,8 +282,10 @@ class _Training:
         if model is None:
             measured()
         else:
-            results = report.finish(model, state.config, state.source.manifest, self.run, state.device, measured)
-            self.logger.say(results)
+            manifest, anew = state.source.manifest, bool(batches)
+            self.logger.say(
+                ending.finish(model, state.config, manifest, self.run, state.device, progress, measured, anew)
+            )
         self.world.barrier()
 
 
