@@ -33,6 +33,7 @@ from lsep.errors import UserError, shown
 from lsep.files import discard
 from lsep.objective import Objective
 from lsep.optim import Optimizer
+from lsep.voice import heard
 
 # A single process is the common case here, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -248,7 +249,7 @@ class Checkpoints:
         return None
 
     def _warn(self, text: str) -> None:
-        if self.world.rank == 0:
+        if self.world.rank == 0 and heard("warning"):
             tqdm.write(f"lsep: warning: {text}", file=sys.stderr)  # does not tear the progress bar
 
 

@@ -5,11 +5,13 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lsep import files
 from lsep.errors import DISK, UserError, shown
 from lsep.run import Run
+from lsep.voice import heard
 
 
 class Logger:
@@ -24,8 +26,34 @@ class Logger:
         # Events of steps that a killed session lost are hidden by purge_step.
         self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1 if first else None)
         self.steps = steps
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=first, disable=not self.terminal, unit="step", dynamic_ncols=True)
+        self.terminal = sys.stderr.isatty() and heard("info")
+        # Its own rate would count samples and checkpoints in; that of training is in the figures behind.
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self.bar = tqdm(
+            total=steps, initial=first, disable=not self.terminal, unit="step", dynamic_ncols=True, bar_format=layout
+        )
+        self._describe(settings)
+
+    def _describe(self, settings: dict[str, Any]) -> None:
+        """The configuration once per session, where TensorBoard shows text and where it shows hyperparameters."""
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {f"{s}.{k}": v for s, part in settings.items() if isinstance(part, dict) for k, v in part.items()}
+        rows = [f"| {name} | `{value!r}` |" for name, value in values.items()]
+        known = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
+        with self.outliving("TensorBoard's events"):
+            self.tensorboard.add_text("configuration", "\n".join(["| field | value |", "|---|---|", *rows]))
+            writer = self.tensorboard._get_file_writer()  # add_hparams would write a run of its own beside this one
+            for summary in hparams(known, {"loss": 0.0}):
+                writer.add_summary(summary)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A picture that this run has written, for TensorBoard."""
+        import numpy as np
+        from PIL import Image
+
+        with self.outliving("TensorBoard's events"), Image.open(path) as image:
+            self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def advance(self) -> None:
         self.bar.update()
@@ -38,6 +66,11 @@ class Logger:
         with self.outliving("TensorBoard's events"):
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, values["step"])
+            bins = values.get("probe_accuracy_by_time") or []
+            for i, share in enumerate(bins):
+                if share is not None:
+                    name = f"probe_accuracy_by_time/{i / len(bins):.1f}-{(i + 1) / len(bins):.1f}"
+                    self.tensorboard.add_scalar(name, share, values["step"])
         if self.wandb is not None:
             self.wandb.log({**numbers, "step": values["step"]})
         accuracy = values["probe_accuracy"]
@@ -47,15 +80,19 @@ class Logger:
             **({"FD": f"{values['frechet_distance']:.4g}"} if "frechet_distance" in values else {}),
             "img/s": f"{values['images_per_second']:.0f}",
         }
-        if self.terminal:
-            self.bar.set_postfix(shown, refresh=True)
-            return
         left = (self.steps - values["step"]) * values["seconds"] / values["step"]
+        if self.terminal:
+            self.bar.set_postfix({**shown, "left": _minutes(left)}, refresh=True)
+            return
+        if not heard("info"):
+            return
         figures = "  ".join(f"{k} {v}" for k, v in shown.items())
         print(f"step {values['step']}/{self.steps}  {figures}  {_minutes(left)} left", flush=True)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: str = "info") -> None:
         """A line on the terminal that does not tear the progress bar."""
+        if not heard(level):
+            return
         self.bar.clear()
         print(text, flush=True)
         self.bar.refresh()
@@ -68,7 +105,7 @@ class Logger:
         except OSError as error:
             if error.errno not in DISK:
                 raise
-            self.say(f"{what} could not be written ({error.strerror}); training goes on")
+            self.say(f"{what} could not be written ({error.strerror}); training goes on", "warning")
 
     def close(self) -> None:
         self.bar.close()
@@ -90,7 +127,10 @@ class Quiet:
     def log(self, values: dict[str, Any]) -> None:
         pass
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: str = "info") -> None:
+        pass
+
+    def picture(self, name: str, path: Path, step: int) -> None:
         pass
 
     def close(self) -> None:

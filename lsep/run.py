@@ -26,6 +26,7 @@ from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, one_line, shown, told
 from lsep.files import write_atomic
 from lsep.launch import this_command
+from lsep.voice import heard
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
 FREE_ON_RESUME = {
@@ -33,7 +34,7 @@ FREE_ON_RESUME = {
     "data.crc", "optim.ema_snapshot_every", "train.log_every", "train.memory", "train.weights", "train.fp8",
     "train.compile", "train.graphs", "train.checkpoint_every", "train.keep_last", "train.keep_every",
     "train.sample_every", "train.eval_every", "train.overhead_rounds", "train.wandb", "train.max_skipped",
-    "train.on_spike", "train.init", "train.spike_factor",
+    "train.on_spike", "train.init", "train.spike_factor", "train.device",
 }  # fmt: skip
 
 
@@ -41,8 +42,8 @@ def differences(old: Config, new: Config) -> list[str]:
     """`"section.field: old -> new"` for each field that keeps `new` from continuing a run of `old`."""
     # Sections of the same function in another rounding, or of what only looks at it.
     free = FREE_ON_RESUME | {k for k in flat(new) if k.split(".")[0] in ("backend", "dist", "sample", "evaluate")}
-    if new.optim.schedule == "constant":
-        free = free | {"train.steps"}  # a constant rate does not depend on where the run ends
+    if new.optim.schedule == "constant" or new.train.steps > old.train.steps:
+        free = free | {"train.steps"}  # a constant rate does not depend on where the run ends; of a cosine it is said
     before, after = flat(old), flat(new)
     return [f"{k}: {shown(before[k])} -> {shown(after[k])}" for k in before if k not in free and before[k] != after[k]]
 
@@ -181,7 +182,8 @@ class Run:
             )
         if start == _start_of(pid):
             raise UserError(f"{self.path} is in use by {who}: wait for it, stop it, or choose another --run-dir")
-        print(f"{self.path}: taking over the lock of {who}, which is gone", flush=True)
+        if heard("warning"):
+            print(f"{self.path}: taking over the lock of {who}, which is gone", flush=True)
         self.lock_file.unlink()
 
     def open(self, config: Config, manifest: Manifest, preset: str, teacher: dict[str, str] | None = None) -> None:
@@ -251,7 +253,7 @@ class Run:
             return []
         lines = [_parsed(text) for text in texts]
         damaged = [i + 1 for i, line in enumerate(lines[:-1]) if line is None]
-        if damaged and str(self.metrics_file) not in _TOLD:
+        if damaged and heard("warning") and str(self.metrics_file) not in _TOLD:
             _TOLD.add(str(self.metrics_file))
             more = f" and {len(damaged) - 1} others are" if len(damaged) > 1 else " is"
             print(f"lsep: warning: {self.metrics_file}: line {damaged[0]}{more} damaged and left out", file=sys.stderr)
@@ -293,7 +295,7 @@ class Run:
         return values if isinstance(values, dict) else {}
 
 
-_SESSION = ("date", "command", "versions")
+_SESSION = ("date", "command", "versions", "threads")
 _SESSIONS = 100
 """Of a run that are kept."""
 _GRID = re.compile("step-([0-9]{7,15})[.]png", re.ASCII)
@@ -326,7 +328,9 @@ def _this_session() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
     date = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return {"date": date, "command": this_command(), "versions": ", ".join(versions)}
+    torch = sys.modules.get("torch")  # where that was not imported, it has computed nothing
+    threads = str(torch.get_num_threads()) if torch else "?"
+    return {"date": date, "command": this_command(), "versions": ", ".join(versions), "threads": threads}
 
 
 def _this_process() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lsep.parts import Parts, assemble
 from lsep.run import Run, write_atomic
 from lsep.sample import UNIT, Rounding
 from lsep.step import pick_device
+from lsep.voice import heard
 from lsep_kernels.reference import uniform
 
 GRID = 400
@@ -264,7 +265,7 @@ class Progress:
 
     def drawn(self, images: int) -> None:
         self.images += images
-        if self.world.main and self.todo > UNIT:
+        if self.world.main and self.todo > UNIT and heard("info"):
             rate = self.images / (time.perf_counter() - self.start)
             left = round((self.todo - self.images) / rate)
             done, todo = self.images * self.world.size, self.todo * self.world.size

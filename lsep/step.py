@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsep import backbone, backends, checkpoint
+from lsep import backbone, backends, checkpoint, sizes
 from lsep.align import take_projectors
 from lsep.averages import Averages, kept
 from lsep.backbone import Backbone
@@ -108,6 +108,8 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         config = replace(config, train=replace(config.train, precision=precision))
     teacher = open_teacher(config, source, device)
     config = resolve_align(config, teacher.shape)
+    holders = 1 if world.mesh is None else world.mesh.size(-1)
+    sizes.require_training(config, source.manifest, device, holders, len(kept(config.optim)))
     chosen = backends.choose(config, device, world.size)
     objective = Objective(config, source.manifest, chosen.ops)
     objective.initialize(config.train.seed)

@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lsep import checkpoint, overhead, sample, shards
+import torch
+
+from lsep import checkpoint, overhead, sample, shards, voice
 from lsep.averages import POWER
 from lsep.checkpoint import Checkpoints, Progress, latest
 from lsep.config import Config
@@ -23,6 +25,7 @@ from lsep.dist import Agreement, world
 from lsep.errors import UserError
 from lsep.evaluate.monitor import Monitor
 from lsep.metrics import Logger, Quiet
+from lsep.optim import rate_factor
 from lsep.run import Run
 from lsep.signals import Preempted, heard
 from lsep.step import State, average_model, open_loader, pick_device, setup, train_step
@@ -95,13 +98,14 @@ class _Training:
     def run_from_newest(self, preset: str, strict: bool) -> None:
         """Load, train to the end, and draw, measure and report."""
         state, steps = self.state, self.settings.steps
-        progress = self.load(strict)
+        progress, notes = self.load(strict), list[str]()
 
         def start() -> list[float | None] | None:
             if progress.step > steps:
                 raise UserError(f"--train.steps is {steps}, but {self.run.path} is at step {progress.step} already")
             if progress.step == steps and self.is_whole():
                 return None
+            notes.extend(self.changes(progress))
             self.run.open(state.config, state.source.manifest, preset, state.teacher.identity)
             self.forget_after(progress.step)
             self.logger = Logger(self.run, progress.step, steps, self.settings.wandb, asdict(state.config))
@@ -114,9 +118,11 @@ class _Training:
             self.spikes.seen(loss)
         try:
             for text in self.state.substitutes:
-                self.logger.say(f"lsep: warning: {text}")
+                self.logger.say(f"lsep: warning: {text}", "warning")
             if progress.step:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
+            for text in notes:
+                self.logger.say(text)
             if self.monitor is not None:
                 self.monitor.prepare(self.run.path)
             with heard() as asked:
@@ -133,6 +139,28 @@ class _Training:
         finally:
             self.logger.close()
 
+    def changes(self, progress: Progress) -> list[str]:
+        """What makes a run that goes on differ from an unbroken one."""
+        if not progress.step or not self.run.config_file.exists():
+            return []
+        config, before, said = self.state.config, self.run.config(), []
+        if config.optim.schedule == "cosine" and before.train.steps != self.settings.steps:
+            old, new = (
+                rate_factor(min(progress.step, steps), config.optim, steps)
+                for steps in (before.train.steps, self.settings.steps)
+            )
+            said.append(
+                f"--train.steps is {self.settings.steps} now and was {before.train.steps}: from here on the cosine is "
+                f"that of {self.settings.steps} steps, {new:.3g} of --optim.lr at this step instead of {old:.3g}"
+            )
+        sessions, threads = self.run.sessions(), str(torch.get_num_threads())
+        if self.state.device.type == "cpu" and sessions and sessions[-1]["threads"] not in ("?", threads):
+            said.append(
+                f"{threads} threads now, {sessions[-1]['threads']} before: sums round in another order, so that the "
+                "numbers are those of an unbroken run but for rounding"
+            )
+        return said
+
     def is_whole(self) -> bool:
         """Whether a run that is at its last step has all that an end leaves; a page that is missing is made here."""
         from lsep import ending, report
@@ -140,9 +168,11 @@ class _Training:
         missing = ending.missing(self.run, self.settings.steps)
         if missing and missing != [ending.REPORT]:
             return False
-        print(f"{self.run.path}: already at step {self.settings.steps} of {self.settings.steps}, nothing to train")
-        if missing:
-            print(f"report:  {report.render(self.run)}, which was missing")
+        made = report.render(self.run) if missing else None
+        if voice.heard("info"):
+            print(f"{self.run.path}: already at step {self.settings.steps} of {self.settings.steps}, nothing to train")
+            if made:
+                print(f"report:  {made}, which was missing")
         return True
 
     def load(self, strict: bool = False) -> Progress:
@@ -213,7 +243,9 @@ class _Training:
                 self.logger.log({**line, "skipped_rows": loader.skipped, **distance})
                 spike = self.spikes.seen(line["loss"]) if settings.on_spike != "off" else None
                 if spike is not None:
-                    self.logger.say(f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before")
+                    self.logger.say(
+                        f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before", "warning"
+                    )
             if spike is not None and settings.on_spike == "rollback":
                 agreement.close()
                 return _Outcome(step, [], rollback=True)
@@ -265,6 +297,7 @@ class _Training:
             labels = sample.grid_labels(config.sample.num, manifest.num_classes)
             x = sample.draw(model, config, labels, config.train.seed)
             sample.save_grid(sample.to_images(x, manifest), self.run.grid(step))
+            self.logger.picture("samples", self.run.grid(step), step)
         self.world.barrier()
 
     def finish(self, batches: list[Batch], progress: Progress) -> None:
@@ -286,6 +319,7 @@ class _Training:
             self.logger.say(
                 ending.finish(model, state.config, manifest, self.run, state.device, progress, measured, anew)
             )
+            self.logger.picture("samples", self.run.grid(self.settings.steps), self.settings.steps)
         self.world.barrier()
 
 

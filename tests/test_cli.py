@@ -60,7 +60,7 @@ def test_flags_of_the_contract_are_in_the_help(capsys: pytest.CaptureFixture[str
         (["train", "sit-xl-256"], "preset 'sit-xl-256' is unknown; did you mean 'sit-xl-2-256'"),
         (["train", "quickstart", "--probe.roh", "1"], "flag '--probe.roh' is unknown; did you mean '--probe.rho'"),
         (["train", "quickstart", "--train.step=3"], "flag '--train.step' is unknown; did you mean '--train.steps'"),
-        (["train", "quickstart", "--probe.rho", "much"], "--probe.rho: could not convert string to float: 'much'"),
+        (["train", "quickstart", "--probe.rho", "much"], "--probe.rho is 'much', expected a number"),
         (["train", "quickstart", "--probe.branch", "both"], "invalid choice 'both' for argument '--probe.branch'"),
         (["train", "quickstart", "--train.steps"], "Missing value for argument '--train.steps'"),
         (["train", "quickstart", "more"], "argument 'more' is unexpected"),
