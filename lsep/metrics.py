@@ -18,13 +18,10 @@ class Logger:
     """Writes figures to every place, with a progress bar, or plain lines where the output is no terminal."""
 
     def __init__(self, run: Run, first: int, steps: int, wandb_project: str | None, settings: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.run = run
         self.wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None
-        # Events of steps that a killed session lost are hidden by purge_step.
-        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1 if first else None)
         self.steps = steps
         self.terminal = sys.stderr.isatty() and heard("info")
         # Its own rate would count samples and checkpoints in; that of training is in the figures behind.
@@ -32,12 +29,28 @@ class Logger:
         self.bar = tqdm(
             total=steps, initial=first, disable=not self.terminal, unit="step", dynamic_ncols=True, bar_format=layout
         )
+        self.tensorboard = self._open_tensorboard(first)
         self._describe(settings)
+
+    def _open_tensorboard(self, first: int) -> Any:
+        """TensorBoard's writer, or None where it takes no folder of this name."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.run.path / "tensorboard"
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:  # bytes that are no UTF-8, or a locale without these letters
+            self.say(f"{folder}: TensorBoard takes no such name, and gets nothing; training goes on", "warning")
+            return None
+        # Events of steps that a killed session lost are hidden by purge_step.
+        return SummaryWriter(str(folder), purge_step=first + 1 if first else None)
 
     def _describe(self, settings: dict[str, Any]) -> None:
         """The configuration once per session, where TensorBoard shows text and where it shows hyperparameters."""
         from torch.utils.tensorboard.summary import hparams
 
+        if self.tensorboard is None:
+            return
         values = {f"{s}.{k}": v for s, part in settings.items() if isinstance(part, dict) for k, v in part.items()}
         rows = [f"| {name} | `{value!r}` |" for name, value in values.items()]
         known = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
@@ -52,6 +65,8 @@ class Logger:
         import numpy as np
         from PIL import Image
 
+        if self.tensorboard is None:
+            return
         with self.outliving("TensorBoard's events"), Image.open(path) as image:
             self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
@@ -63,14 +78,7 @@ class Logger:
         with self.outliving("metrics.jsonl"):
             self.run.append_metrics(values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        with self.outliving("TensorBoard's events"):
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, values["step"])
-            bins = values.get("probe_accuracy_by_time") or []
-            for i, share in enumerate(bins):
-                if share is not None:
-                    name = f"probe_accuracy_by_time/{i / len(bins):.1f}-{(i + 1) / len(bins):.1f}"
-                    self.tensorboard.add_scalar(name, share, values["step"])
+        self._add_scalars(values["step"], numbers, values.get("probe_accuracy_by_time") or [])
         if self.wandb is not None:
             self.wandb.log({**numbers, "step": values["step"]})
         accuracy = values["probe_accuracy"]
@@ -88,6 +96,16 @@ class Logger:
             return
         figures = "  ".join(f"{k} {v}" for k, v in shown.items())
         print(f"step {values['step']}/{self.steps}  {figures}  {_minutes(left)} left", flush=True)
+
+    def _add_scalars(self, step: int, numbers: dict[str, float], by_time: list[float | None]) -> None:
+        if self.tensorboard is None:
+            return
+        edge = 1 / max(len(by_time), 1)
+        bins = {f"{i * edge:.1f}-{(i + 1) * edge:.1f}": share for i, share in enumerate(by_time) if share is not None}
+        numbers = numbers | {f"probe_accuracy_by_time/{name}": share for name, share in bins.items()}
+        with self.outliving("TensorBoard's events"):
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
 
     def say(self, text: str, level: str = "info") -> None:
         """A line on the terminal that does not tear the progress bar."""
@@ -109,8 +127,9 @@ class Logger:
 
     def close(self) -> None:
         self.bar.close()
-        with self.outliving("TensorBoard's events"):
-            self.tensorboard.close()
+        if self.tensorboard is not None:
+            with self.outliving("TensorBoard's events"):
+                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -44,10 +44,10 @@ def _sit(config: Config) -> int:
 
 
 def _unet(config: Config) -> int:
-    """The convolutions of 3 x 3 of the last level's and the mid-block's residual blocks, and its labels."""
+    """Two convolutions of 3 x 3 in each residual block of the last level and mid-block, one block left out; labels."""
     m, d = config.model, config.model.hidden_size
     assert m.num_classes is not None
-    return (2 * m.layers_per_level + 2) * 9 * d * d + (m.num_classes + 1) * d
+    return (2 * m.layers_per_level + 2) * 18 * d * d + (m.num_classes + 1) * d
 
 
 def host_memory() -> int:

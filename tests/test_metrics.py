@@ -1,10 +1,13 @@
 """Figures reach the file, TensorBoard, W&B when asked for, and a terminal or plain lines."""
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -111,3 +114,47 @@ def test_an_id_that_is_none_is_not_sent_to_wandb(tmp_path: Path, wandb: Wandb) -
     with pytest.raises(UserError, match="wandb-id: is .*other.*, expected the id of a W&B run: remove it"):
         Logger(Run(tmp_path), 0, 10, "project", {})
     assert not wandb.started
+
+
+def test_tensorboard_gets_pictures_hyperparameters_and_the_accuracy_by_time(tmp_path: Path) -> None:
+    from PIL import Image
+
+    logger = Logger(Run(tmp_path), 0, 10, None, {"model": {"depth": 3, "input_size": None}, "optim": {"ema_extra": ()}})
+    logger.log({**LINE, "probe_accuracy_by_time": [0.5, None, *[0.25] * 7, 1.0]})
+    Image.fromarray(np.full((6, 4), 200, np.uint8)).save(tmp_path / "grid.png")
+    logger.picture("samples", tmp_path / "grid.png", 5)
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(s.step, s.value) for s in events.Scalars("probe_accuracy_by_time/0.9-1.0")] == [(5, 1.0)]
+    assert events.Scalars("probe_accuracy_by_time/0.0-0.1")[0].value == 0.5
+    assert "probe_accuracy_by_time/0.1-0.2" not in events.Tags()["scalars"]
+    (image,) = events.Images("samples")
+    assert (image.step, image.width, image.height) == (5, 4, 6)
+    text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| model.depth | `3` |" in text and "| optim.ema_extra | `()` |" in text
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_folder_that_tensorboard_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of bytes that are no UTF-8: training goes on without it."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), errors="backslashreplace"))  # as the command does
+    run = Run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4uft")))
+    run.path.mkdir()
+    logger = Logger(run, 0, 10, None, {"a": {"b": 1}})
+    logger.log(LINE)
+    logger.close()
+    assert run.metrics()[0]["loss"] == 0.5 and not (run.path / "tensorboard").exists()
+
+
+def test_the_bar_has_the_rate_of_training_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar's own would count the time for samples and checkpoints: both figures are those of the line."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger = Logger(Run(tmp_path), 0, 10, None, {})
+    logger.advance()
+    logger.log({**LINE, "seconds": 600.0})
+    logger.close()
+    err = capsys.readouterr().err
+    assert "step/s" not in err and "s/step" not in err
+    assert "img/s=64" in err and "left=10:00" in err
