@@ -16,8 +16,8 @@ from lsep.run import Run
 
 def render(run: Run) -> Path:
     """Write RUN/report.html from what the run has so far; returns its path."""
-    metrics, config, results = run.metrics(), run.config(), run.results()
-    parts = [_summary(run, config, metrics, results)]
+    metrics, config = run.metrics(), run.config()
+    parts = [_summary(run, config, metrics, run.results())]
     if metrics:
         parts += _curves(metrics)
     parts += _samples(run)
@@ -27,6 +27,11 @@ def render(run: Run) -> Path:
     title = html.escape(f"{run.path.resolve().name}: {run.preset()}")
     write_atomic(run.report_file, page(title, "\n".join(parts)))
     return run.report_file
+
+
+def facts(run: Run) -> str:
+    """The page's table and pictures, without its curves."""
+    return "\n".join([_summary(run, run.config(), run.metrics(), run.results()), *_samples(run)])
 
 
 def results_mark(run: Run) -> str:

@@ -301,7 +301,11 @@ _SESSIONS = 100
 _GRID = re.compile("step-([0-9]{7,15})[.]png", re.ASCII)
 _METRICS_LIMIT = 4 << 30
 """Bytes of metrics.jsonl, at most: a line has less than 1 KiB."""
-_LISTS = ("probe_accuracy_by_time",)
+_NUMBERS = (
+    "seconds epoch images gpu_seconds loss denoising lsep align grad_norm skipped_steps lr probe_accuracy "
+    "images_per_second peak_memory_bytes skipped_rows frechet_distance"
+).split()
+_BY_TIME = "probe_accuracy_by_time"
 _TOLD: set[str] = set()
 """Files whose damage was said."""
 
@@ -314,11 +318,14 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
         return None
-    if any(isinstance(v, list) != (k in _LISTS) for k, v in values.items() if v is not None):
+    by_time = values.get(_BY_TIME)
+    if not isinstance(by_time, list | None):
         return None
-    numbers = [n for v in values.values() for n in (v if isinstance(v, list) else [v])]
     # An integer of more digits than a float has room for would fail where it is drawn.
-    fits = all(n is None or isinstance(n, float) or (isinstance(n, int) and abs(n) < 2**62) for n in numbers)
+    fits = all(
+        n is None or isinstance(n, float) or (isinstance(n, int) and abs(n) < 2**62)
+        for n in (*(values.get(name) for name in _NUMBERS), *(by_time or ()))
+    )
     return values if fits else None
 
 

@@ -105,7 +105,7 @@ def test_sample_and_report_commands(store: Path, tmp_path: Path, capsys: pytest.
     assert call(capsys, "report", str(run.path))[:2] == (0, f"{run.report_file}\n")
     assert run.report_file.exists()
     assert call(capsys, "sample", str(run.path), "--steps", "0")[2] == (
-        "lsep: error: --sample.steps is 0, expected at least 1\n"
+        "lsep: error: --steps is 0, expected at least 1\n"
     )
 
 
