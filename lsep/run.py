@@ -6,16 +6,13 @@ RUN/lock  while a training runs: its host, its pid, when that process began, and
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import socket
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from lsep.data.manifest import Manifest, parse_described
 from lsep.errors import UserError, one_line, shown, told
 from lsep.files import write_atomic
 from lsep.launch import this_command
+from lsep.lock import locked
 from lsep.voice import heard
 
 # A run may go on with these changed: they touch neither the numbers drawn nor, but for rounding, the weights.
@@ -130,61 +128,12 @@ class Run:
         elif self.path.is_dir() and any(p != self.lock_file for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json): choose another --run-dir")
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Around a training: no other one can run in this directory. A lock left behind by a kill is taken over.
 
         Raises UserError where the directory is in use, may be so on another host, or cannot be written.
         """
-        made = not self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _alone(self.path):
-                self._end_stale_lock()
-                self._write_lock()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
-        try:
-            yield
-        finally:
-            self.lock_file.unlink(missing_ok=True)
-            if made:
-                with contextlib.suppress(OSError):  # what was refused leaves nothing behind
-                    self.path.rmdir()
-
-    def _write_lock(self) -> None:
-        entry = {**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
-        with self.lock_file.open("x") as file:
-            try:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-            except OSError:
-                self.lock_file.unlink()
-                raise
-
-    def _end_stale_lock(self) -> None:
-        """Remove the lock of a process that is gone; raises UserError where it is there, or where nobody can tell."""
-        if not self.lock_file.exists():
-            return
-        try:
-            holder = json.loads(files.read_plain(self.lock_file))
-            host, pid, since = holder["host"], int(holder["pid"]), holder["since"]
-            start = holder["start"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self.lock_file}: not a lock of this program; remove it if no training runs in {self.path}"
-            ) from None
-        who = f"process {pid} on host {host!r} since {since}"
-        if host != socket.gethostname():
-            raise UserError(
-                f"{self.path} is in use by {who}: choose another --run-dir, or remove {self.lock_file} if that "
-                "training is over"
-            )
-        if start == _start_of(pid):
-            raise UserError(f"{self.path} is in use by {who}: wait for it, stop it, or choose another --run-dir")
-        if heard("warning"):
-            print(f"{self.path}: taking over the lock of {who}, which is gone", flush=True)
-        self.lock_file.unlink()
+        return locked(self.path, self.lock_file)
 
     def open(self, config: Config, manifest: Manifest, preset: str, teacher: dict[str, str] | None = None) -> None:
         """Write the resolved `config` of a run that starts or goes on here, and what `check` compares."""
@@ -338,40 +287,3 @@ def _this_session() -> dict[str, str]:
     torch = sys.modules.get("torch")  # where that was not imported, it has computed nothing
     threads = str(torch.get_num_threads()) if torch else "?"
     return {"date": date, "command": this_command(), "versions": ", ".join(versions), "threads": threads}
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
-
-
-def _start_of(pid: int) -> int | None:
-    """When a process of this host began, in clock ticks since boot, so that one with its number again is not it.
-
-    None where there is none; 0 for one of a system without /proc.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-        return int(text.rpartition(")")[2].split()[19])  # the name before may hold spaces
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return 0
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process of this host is in here for `folder`: two that find the same stale lock come one by one."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system has it
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
