@@ -59,6 +59,8 @@ class Run:
         self.samples = self.path / "samples"
         self.report_file = self.path / "report.html"
         self.lock_file = self.path / "lock"
+        self.reference_file = self.path / "reference.npz"
+        """What `train.eval_every` compares with, see `lsep.evaluate.monitor`."""
         self.wandb_file = self.path / "wandb-id"
         self.projectors_file = self.path / "projectors.safetensors"
         """REPA's, of an import that kept them; `train.init` takes them for a run that aligns."""
@@ -81,10 +83,10 @@ class Run:
             raise UserError(f"{self.path}: is no directory, expected that of a run")
         for file in (
             self.config_file, self.metrics_file, self.results_file, self.report_file, self.lock_file, self.wandb_file,
-            self.projectors_file,
+            self.projectors_file, self.reference_file,
         ):  # fmt: skip
             files.require(file)
-        for folder in (self.checkpoints, self.snapshots, self.samples, self.path / "tensorboard", self.path / "wandb"):
+        for folder in (self.checkpoints, self.snapshots, self.samples, *(self.path / name for name in _FOLDERS)):
             files.require(folder, folder=True)
 
     def grid(self, step: int) -> Path:
@@ -244,6 +246,8 @@ class Run:
         return values if isinstance(values, dict) else {}
 
 
+_FOLDERS = ("tensorboard", "wandb", "probe")
+"""Of a run, that others than this module fill."""
 _SESSION = ("date", "command", "versions", "threads")
 _SESSIONS = 100
 """Of a run that are kept."""

@@ -25,7 +25,7 @@ from lsep.data.manifest import Manifest
 from lsep.decode import Decoder
 from lsep.dist import World, world
 from lsep.errors import UserError, shown
-from lsep.files import read_plain
+from lsep.files import read_plain, require
 from lsep.interpolant import Stream
 from lsep.parts import Parts, assemble
 from lsep.run import Run, write_atomic
@@ -149,7 +149,10 @@ class Job:
         """The grid and the .npz of one guidance scale."""
         config = replace(self.config, sample=replace(self.config.sample, cfg=scale))
         out = out / f"cfg-{scale:g}" if out is not None and several else out
-        out = out or self.run.samples / self._folder_name(config.sample)
+        own = self.run.samples / self._folder_name(config.sample)
+        if out is None:  # a folder of the run's is no link to elsewhere
+            self.world.on_main(lambda: require(own, folder=True))
+        out = out or own
         npz = out if out.suffix == ".npz" else out / "samples.npz"
         grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
         self.world.on_main(lambda: _make_folder(npz, out))

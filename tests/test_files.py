@@ -21,6 +21,7 @@ from lsep.evaluate import archives
 from lsep.metrics import Logger
 from lsep.parts import Parts, assemble
 from lsep.run import Run
+from lsep.samples import Request, sample_run
 from lsep.train import train
 from lsep.weights.exporting import export
 
@@ -157,8 +158,17 @@ def test_only_plain_files_are_read_and_added_to(kinds: dict[str, Path], kind: st
         files.read_plain(kinds["link"].parent.parent / "secret", limit=5)
 
 
-SMALL = ("config.json", "metrics.jsonl", "results.json", "report.html", "lock", "wandb-id", "projectors.safetensors")
-FOLDERS = ("checkpoints", "ema", "samples", "tensorboard", "wandb")
+SMALL = (
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "report.html",
+    "lock",
+    "wandb-id",
+    "projectors.safetensors",
+    "reference.npz",
+)
+FOLDERS = ("checkpoints", "ema", "samples", "tensorboard", "wandb", "probe")
 
 
 @pytest.mark.parametrize("kind", SAID)
@@ -261,3 +271,19 @@ def test_the_id_for_wandb_is_not_written_through_a_link(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="wandb-id: is a symbolic link"):
         Logger(Run(tmp_path), 0, 10, "project", {})
     assert not (tmp_path / "nothing").exists()
+
+
+def test_samples_in_a_run_do_not_go_through_a_link(store: Path, tmp_path: Path) -> None:
+    """A linked folder that the user names is the user's choice."""
+    run = train(tiny(data__path=str(store), train__steps=2, sample__num=4, sample__steps=1), tmp_path / "run")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "samples.npz").write_text("precious")
+    default = run.samples / "step-0000002-ode-1-cfg-1-seed-0"
+    default.symlink_to(mine)
+    given = (run, run.config(), Request(), (1.0,))
+    with pytest.raises(UserError, match="seed-0: is a symbolic link, which is not followed, expected a folder"):
+        sample_run(*given, None, None, "cpu")
+    assert (mine / "samples.npz").read_text() == "precious"
+    sample_run(*given, default, None, "cpu")
+    assert (mine / "samples.npz").stat().st_size > 100
