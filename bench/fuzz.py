@@ -31,7 +31,7 @@ import numpy as np
 from bench.mutate import damaged, mutated, text
 from bench.section import ROOT, Section
 from bench.trial import Trial, small, train_one_step
-from lsep import checkpoint, shards
+from lsep import checkpoint, ending, report, shards
 from lsep.checkpoint import Checkpoints, Progress
 from lsep.checks import resolve
 from lsep.config import flat, override
@@ -40,7 +40,9 @@ from lsep.data.manifest import Manifest
 from lsep.data.shards import columns_crc32, header
 from lsep.data.store import Store, read_manifest
 from lsep.errors import UserError
+from lsep.files import discard, write_atomic
 from lsep.run import Run
+from lsep.sample import save_grid
 from lsep.step import State, setup
 
 SECONDS = 1.0
@@ -51,6 +53,7 @@ MEMORY = 500 << 20
 """Bytes, beyond those of the process before its first input."""
 LONGEST = 2000
 """Characters of a sentence."""
+SECRET = "what stands in a file outside"
 
 
 class Inputs:
@@ -70,6 +73,11 @@ class Inputs:
         # A shard that is whole, outside, and a link to it: a manifest that names either must be refused.
         shard = self.store / "shard-00000.safetensors"
         shutil.copy(shard, folder / "outside.safetensors")
+        line = {"step": 1, "seconds": 1.0, "loss": 0.5, "probe_accuracy": 0.5, "probe_accuracy_by_time": [0.5, None]}
+        run.append_metrics(line)
+        write_atomic(run.results_file, json.dumps({"steps": 1, "agreement": 0.5, "lsep_overhead": 0.1}))
+        save_grid(np.zeros((4, 8, 8, 1), np.uint8), run.grid(1))
+        (folder / "secret").write_text(SECRET)
         (self.store / "link").symlink_to(folder / "outside.safetensors")
         self.out = ("../outside.safetensors", str(folder / "outside.safetensors"), "link", "shard-00000.safetensors")
         for name in ("run", "store"):
@@ -112,6 +120,34 @@ class Inputs:
         attempt(lambda: run.check(self.state.config, self.state.source.manifest))
         if config and manifest:
             attempt(lambda: resolve(config, manifest))
+
+    def run_files(self, draw: Random) -> None:
+        """Files of a run that are links, pipes, folders, noise, or JSON with other values: read, said and written."""
+        run = Run(self.folder / "run")
+        small = (run.metrics_file, run.results_file, run.lock_file, run.wandb_file, run.report_file, run.grid(1))
+        path = draw.choice((*small, run.checkpoints, run.samples, run.snapshots))
+        how = draw.choice(("values", "values", "bytes", "link", "pipe", "folder", "file"))
+        if how in ("values", "bytes") and path in small[:2]:
+            content = text(mutated(draw, json.loads(path.read_bytes())))
+            path.write_bytes(content + b"\n" if how == "values" else damaged(draw, content[:100_000]))
+        else:
+            discard(path)
+            made: dict[str, Callable[[], object]] = {
+                "link": lambda: path.symlink_to(self.folder / "secret"), "pipe": lambda: os.mkfifo(path),
+                "folder": path.mkdir, "file": lambda: path.write_bytes(damaged(draw, b"\x89PNG\r\n" * 99)),
+            }  # fmt: skip
+            path.parent.mkdir(exist_ok=True)
+            made.get(how, made["file"])()
+        attempt(lambda: Run.existing(run.path))
+        attempt(lambda: run.check(self.state.config, self.state.source.manifest))
+        for read in (run.metrics, run.results, run.grids, run.sessions):
+            attempt(read)
+        attempt(lambda: ending.missing(run, 1))
+        attempt(lambda: run.append_metrics({"step": 2}))
+        attempt(lambda: run.forget_after(1))
+        page = attempt(lambda: report.facts(run))
+        assert SECRET not in (page or ""), "a file from outside is in the page"
+        assert (self.folder / "secret").read_text() == SECRET, "a file outside was changed"
 
     def overrides(self, draw: Random) -> None:
         known = flat(self.config)
@@ -198,8 +234,8 @@ class Inputs:
 
 
 KINDS: tuple[Callable[[Inputs, Random], None], ...] = (
-    Inputs.config_json, Inputs.overrides, Inputs.store_manifest, Inputs.data_header, Inputs.checkpoint_manifest,
-    Inputs.checkpoint_header,
+    Inputs.config_json, Inputs.run_files, Inputs.overrides, Inputs.store_manifest, Inputs.data_header,
+    Inputs.checkpoint_manifest, Inputs.checkpoint_header,
 )  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import io
 import re
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lsep.errors import UserError, nearest
+from lsep.errors import UserError, nearest, shown
 
 Args = list[str]
 
@@ -20,6 +21,8 @@ def first_arguments(command: str, names: tuple[str, ...], argv: Args) -> tuple[t
     if wants_help(argv):
         return names, ["--help"]
     given = tuple(argv[: len(names)])
+    if "" in given:
+        raise UserError(f"lsep {command}: {names[given.index('')]} is empty, expected a path")
     if len(given) < len(names) or any(a.startswith("-") for a in given):
         found = " ".join(argv) or "nothing"
         raise UserError(f"lsep {command}: expected {' '.join(names)} first, then flags; found {found!r}")
@@ -39,6 +42,7 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
     """tyro's parser for the dataclass `kind`; its errors as one sentence, unknown flags with the nearest names."""
     import tyro
 
+    _require_values(argv)
     given = {} if default is None else {"default": default}
     argv = _either_name(argv, {field.name for field in fields(kind)})
     out, err = io.StringIO(), io.StringIO()
@@ -51,12 +55,15 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
         if not end.code:
             print(out.getvalue(), end="")
             raise
-        raise UserError(_one_sentence(err.getvalue() + out.getvalue())) from None
+        raise UserError(_plain(_one_sentence(err.getvalue() + out.getvalue()), kind, argv)) from None
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"argument {flag!r} is unexpected, expected flags")
         raise UserError(f"flag {flag!r} is unknown{_near_flags(flag, kind, prog, given)}")
+    for name, hint in _flags(kind).items():
+        if type(None) in get_args(hint) and getattr(args, name[2:].replace("-", "_"), None) == ():
+            raise UserError(f"{name} is empty, expected at least one value, or the flag left out")
     return args
 
 
@@ -67,6 +74,86 @@ def _either_name(argv: Args, known: set[str]) -> Args:
         if own[2:] in known and other[2:] not in known:
             return [own + a.removeprefix(other) if a == other or a.startswith(f"{other}=") else a for a in argv]
     return argv
+
+
+def _require_values(argv: Args) -> None:
+    """Raise UserError for an empty string: as a path it would be the folder one stands in, as a name nothing."""
+    for before, argument in zip(["", *argv], argv, strict=False):
+        flag, _, value = argument.partition("=")
+        if argument == "":
+            raise UserError(f"{before.partition('=')[0] or 'an argument'} is empty, expected a value")
+        if flag.startswith("--") and "=" in argument and not value:
+            raise UserError(f"{flag} is empty, expected a value")
+
+
+def _flags(kind: type) -> dict[str, Any]:
+    """The flags of the dataclass `kind` and their types; those of a section as `--section.field`."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        flag = "--" + name.replace("_", "-")
+        if not is_dataclass(hint):
+            found[flag] = hint
+            continue
+        assert isinstance(hint, type)
+        # What stands under no name of its own, as `config` of `lsep train`, has its sections there.
+        inside = {k.removeprefix("--"): v for k, v in _flags(hint).items()}
+        found |= (
+            {f"--{k}": v for k, v in inside.items()}
+            if name == "config"
+            else {f"{flag}.{k}": v for k, v in inside.items()}
+        )
+    return found
+
+
+_WANTED = {int: "a whole number", float: "a number", Path: "a path", bool: "True or False", str: "a text"}
+
+
+def _plain(text: str, kind: type, argv: Args) -> str:
+    """A sentence of tyro's without its parser's words: the flag, what was found, what its type wants."""
+    text = re.sub(r"[.,]? Expected 1 values", ", expected one", text)
+    required = re.findall(r"(--[a-z][a-z0-9.-]*) \S+ [^(]*\(required\)", text)
+    if text.startswith("Missing from") and required:
+        return f"{required[0]} is missing, expected {_wanted(_flags(kind).get(required[0], str))}"
+    choice = re.match(r"invalid choice (.*) for argument '(--[^']*)'", text)
+    if choice:
+        hint = _flags(kind).get(choice[2])
+        known = [c for c in _choices(hint) if c is not None]
+        return f"{choice[0]}. Expected one of {', '.join(map(repr, known))}" if known else text
+    parsed = re.match(r"Error parsing (--[a-z][a-z0-9.-]*):", text)
+    if parsed is None:
+        return text
+    flag = parsed[1]
+    found = shown(" ".join(_given(flag, argv)))
+    return f"{flag} is {found}, expected {_wanted(_flags(kind).get(flag))}"
+
+
+def _choices(hint: Any) -> list[Any]:
+    """Of a Literal, or a union or tuple of one, in the order they are declared in."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for part in get_args(hint) for choice in _choices(part)]
+
+
+def _wanted(hint: Any) -> str:
+    parts = [part for part in get_args(hint) if part not in (type(None), Ellipsis)]
+    if get_origin(hint) is tuple:
+        return f"{_WANTED.get(parts[0], 'a value').removeprefix('a ')}s"
+    if parts:
+        return _wanted(parts[0])
+    return _WANTED.get(hint, "a value of its type")
+
+
+def _given(flag: str, argv: Args) -> Args:
+    """What stands behind `flag`."""
+    for i, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            return [argument.partition("=")[2]]
+        if argument == flag:
+            rest = argv[i + 1 :]
+            # A negative number looks like a flag.
+            stop = (k for k, a in enumerate(rest) if a.startswith("-") and not a[1:2].isdigit())
+            return rest[: next(stop, len(rest))]
+    return []
 
 
 def _one_sentence(text: str) -> str:

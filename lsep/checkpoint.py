@@ -9,7 +9,6 @@ or a full disk leaves the earlier ones as they were, and its files are checked (
 All randomness is a function of seed and step: the step is the whole random state.
 """
 
-import shutil
 import sys
 import threading
 import warnings
@@ -31,8 +30,10 @@ from tqdm import tqdm
 
 from lsep import shards
 from lsep.errors import UserError, shown
+from lsep.files import discard
 from lsep.objective import Objective
 from lsep.optim import Optimizer
+from lsep.voice import heard
 
 # A single process is the common case here, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -106,7 +107,7 @@ class Checkpoints:
         """Why the last checkpoint could not be written, if so."""
         if self.world.rank == 0:
             for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-                shutil.rmtree(left, ignore_errors=True)
+                discard(left)
 
     def save(
         self,
@@ -234,7 +235,7 @@ class Checkpoints:
             dcp.save(staged, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as failed:
             if main:
-                shutil.rmtree(writer.temporary, ignore_errors=True)
+                discard(writer.temporary)
             error = next(iter(failed.failures.values()))[0]
             if not isinstance(error, OSError):
                 raise error from None
@@ -250,7 +251,7 @@ class Checkpoints:
         return None
 
     def _warn(self, text: str) -> None:
-        if self.world.rank == 0:
+        if self.world.rank == 0 and heard("warning"):
             tqdm.write(f"lsep: warning: {text}", file=sys.stderr)  # does not tear the progress bar
 
 

@@ -1,6 +1,5 @@
 """The commands `lsep checkpoint ...`: one function each, heavy imports inside."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,22 +93,18 @@ def gather(path: Path, out: Path) -> None:
 
     from lsep import shards
     from lsep.checkpoint import read_tensors
+    from lsep.files import new_folder, replacing
 
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out}: is there already, expected a new folder")
     for problem in shards.problems(path):
         raise UserError(problem)
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for part in shards.read_manifest(path).parts:
-            file = temporary / f"{part}.safetensors"
-            save_file(read_tensors(path, part), file)
-            shards.flush(file)
-        temporary.rename(out)
+        with new_folder(out) as temporary:
+            for part in shards.read_manifest(path).parts:
+                with replacing(temporary / f"{part}.safetensors", flushed=True) as file:
+                    save_file(read_tensors(path, part), file)
     except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 

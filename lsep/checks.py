@@ -4,6 +4,7 @@
 against each other.
 """
 
+import math
 from dataclasses import replace
 
 from lsep.config import Config, ModelConfig, flat
@@ -25,6 +26,15 @@ _AT_LEAST_ZERO = (
 _PROBABILITY = "model.class_dropout_prob probe.rho sample.guidance_low sample.guidance_high".split()
 _BELOW_ONE = "probe.label_smoothing optim.beta1 optim.beta2 optim.ema_decay".split()
 _ABOVE_ZERO = "model.mlp_ratio interpolant.time_std optim.eps optim.clip dist.timeout".split()
+_LARGEST = 2**63 - 1
+_AT_MOST = {
+    "model.depth": 4096, "model.hidden_size": 2**20, "model.layers_per_level": 1024, "model.mlp_ratio": 2**16,
+    "model.patch_size": 2**16, "model.input_size": 2**16, "model.in_channels": 2**16, "model.num_classes": 2**31,
+    "probe.weight_bins": 10**6, "align.projector_dim": 2**20, "align.width": 2**20, "align.image_size": 2**16,
+    "data.threads": 4096, "data.prefetch": 10**6, "train.overhead_rounds": 10**6, "sample.steps": 10**6,
+    "sample.num": 10**8, "sample.batch_size": 10**6, "evaluate.num": 10**8,
+}  # fmt: skip
+"""What more of would only fail later, for want of memory or time; all other numbers fit 64 bits."""
 _OF_SIT = (
     "model.mlp_ratio model.qk_norm probe.pool_before_fc2 train.fp32_residual train.fp8 train.memory backend.attention "
     "backend.modulation backend.mlp"
@@ -47,8 +57,10 @@ def check(config: Config) -> None:
     """Raise UserError on the first value, or combination of values, that cannot be meant."""
     values = flat(config)
     for name, value in values.items():
-        if isinstance(value, int | float):  # also refuses NaN, which compares with nothing
-            _require(abs(value) < 2**63, f"{_flag(name)} is {shown(value)}, expected a number below 2^63")
+        if isinstance(value, int | float):
+            most = _AT_MOST.get(name, _LARGEST)
+            _require(value == value and abs(value) != math.inf, f"{_flag(name)} is {value}, expected a finite number")
+            _require(abs(value) <= most, f"{_flag(name)} is {shown(value)}, expected at most {most:,}")
     for names, fits, wanted in (
         (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
         (_AT_LEAST_ZERO, lambda v: v >= 0, "at least 0"),
@@ -71,6 +83,8 @@ def check(config: Config) -> None:
         train.batch_size % config.optim.accumulate == 0,
         f"--train.batch-size {train.batch_size} is not divisible by --optim.accumulate {config.optim.accumulate}",
     )
+    replicate = config.dist.replicate
+    _require(replicate is None or replicate >= 1, f"--dist.replicate is {replicate}, expected None or at least 1")
     _require(train.spike_factor > 1, f"--train.spike-factor is {train.spike_factor}, expected above 1")
     _require(
         config.sample.guidance_low <= config.sample.guidance_high,
@@ -146,8 +160,10 @@ def _check_depth(config: Config, flag: str, depth: int, why: str) -> None:
     """`why` is said of a U-Net, which has features at one depth only."""
     if config.model.backbone == "unet":
         _require(depth == 1, f"{flag} is {depth}, expected 1: {why}")
+    never = ", which is its default" if depth == flat(Config())[flag.removeprefix("--")] else ""
     _require(
-        depth <= config.probe_depths, f"{flag} is {depth}, expected at most the model's {config.model.depth} blocks"
+        depth <= config.probe_depths,
+        f"{flag} is {depth}{never}, expected at most the model's {config.model.depth} blocks",
     )
 
 
@@ -156,6 +172,11 @@ def _check_sit(config: Config) -> None:
     _require(
         m.hidden_size % 4 == 0,
         f"--model.hidden-size is {m.hidden_size}, expected a multiple of 4 (2-D sine and cosine positions)",
+    )
+    _require(
+        int(m.hidden_size * m.mlp_ratio) >= 1,
+        f"--model.mlp-ratio is {m.mlp_ratio}, which leaves the MLP no hidden width, expected at least 1 / "
+        f"--model.hidden-size = {1 / m.hidden_size:.3g}",
     )
     _require(
         m.layers_per_level == levels,

@@ -3,7 +3,8 @@
 Bad input ends with one sentence on stderr and exit code 2, an interrupted training with 130.
 """
 
-import shlex
+import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 
 from lsep.arguments import Args, first_arguments, no_flags, parse, wants_help
 from lsep.errors import DISK, UserError, nearest, out_of_memory
+from lsep.voice import take_flags
 
 
 def train(argv: Args) -> None:
@@ -45,6 +47,7 @@ def train(argv: Args) -> None:
 
     from lsep.checkpoint import latest
     from lsep.dist import rank
+    from lsep.launch import command
     from lsep.signals import Preempted
     from lsep.train import train as run_training
 
@@ -53,7 +56,7 @@ def train(argv: Args) -> None:
     except (KeyboardInterrupt, Preempted) as stopped:
         if rank() == 0:
             kept = latest(args.run_dir / "checkpoints")
-            again = shlex.join(["lsep", "train", *(a for a in argv if a != "--resume"), "--resume"])
+            again = command(["train", *(a for a in argv if a != "--resume"), "--resume"])
             saved = f"saved in {kept}; go on with: {again}" if kept else "there was no checkpoint to save yet"
             print(f"\n{str(stopped) or 'stopped'}; {saved}", file=sys.stderr)
         if isinstance(stopped, KeyboardInterrupt):
@@ -195,13 +198,20 @@ def sample(argv: Args) -> None:
 
     run = Run.existing(path)
     config = run.config()
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{run.config_file}: {error}") from None
     names = ("sampler", "steps", "guidance_low", "guidance_high", "guidance_rule", "cfg_channels", "num", "batch_size")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     guides = config.model.conditional or args.autoguidance is not None
     scales = ((config.sample.cfg if guides else 1.0),) if args.cfg is None else args.cfg
     for scale in scales:
         config = replace(config, sample=replace(config.sample, cfg=scale, **given))
-        check(config)
+        try:
+            check(config)
+        except UserError as error:  # under the flags' names here
+            raise UserError(str(error).replace("--sample.", "--")) from None
     classes = None if args.classes is None else class_numbers(args.classes, run.manifest())
     request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)} | {"classes": classes})
     files = sample_run(run, config, request, scales, args.out, args.checkpoint, args.device)
@@ -320,13 +330,33 @@ def _usage() -> str:
         "usage: lsep COMMAND ...\n\n"
         "Fast training of flow transformers whose features are linearly separable (LSEP).\n\n"
         + "\n".join(lines)
-        + "\n\n`lsep COMMAND --help` shows its flags. Start with: lsep train quickstart\n"
+        + "\n\n`lsep COMMAND --help` shows its flags; every command takes --quiet and --log-level info|warning|error."
+        "\nStart with: lsep train quickstart\n"
     )
 
 
 def main(argv: Args | None = None) -> int:
-    """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command; returns the exit code, 141 (as of SIGPIPE) where the reader of its output has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files and classes that the locale has no letters for
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return run_command(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return 141
+
+
+def run_command(argv: Args) -> int:
+    """As `main`, with its output as it is."""
+    try:
+        argv = take_flags(argv)
+    except UserError as error:
+        print(f"lsep: error: {error}", file=sys.stderr)
+        return 2
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(), end="")
         return 0
@@ -345,7 +375,8 @@ def main(argv: Args | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in DISK:
+        # A file where a folder is wanted, a name too long, and the like; without a name it is nothing of the user's.
+        if error.errno not in DISK and error.filename is None:
             raise
         print(f"lsep: error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
         return 2

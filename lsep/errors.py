@@ -29,7 +29,7 @@ def one_line(path: str) -> bool:
     return path.splitlines() == [path] and len(path) <= 4096
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """Kind and text of another's error, which may quote what was read, in one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"

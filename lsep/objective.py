@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lsep import interpolant, probe
+from lsep import interpolant, probe, sizes
 from lsep.align import align_loss, build_projector, initialize_projector
 from lsep.backbone import Backbone, build
 from lsep.config import Config
@@ -44,6 +44,7 @@ class Objective(nn.Module):
     def __init__(self, config: Config, manifest: Manifest, ops: Ops = REFERENCE) -> None:
         """`config` must be resolved against `manifest`; `ops` computes what the step is made of."""
         super().__init__()
+        sizes.require_weights(config, manifest.probe_classes)
         self.config, self.manifest, self.ops = config, manifest, ops
         self.model: Backbone = build(config, ops)
         self.classifier = (

@@ -5,6 +5,11 @@ import io
 from pathlib import Path
 from typing import Any
 
+from lsep.errors import UserError, told
+from lsep.files import read_plain, replacing
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 
 def svg(figure: Any) -> str:
     """A matplotlib figure as an element of a page."""
@@ -15,18 +20,40 @@ def svg(figure: Any) -> str:
 
 
 def picture(png: bytes, caption: str) -> str:
-    """A PNG as an element of a page."""
+    """A PNG as an element of a page; `caption` is HTML."""
     data = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
 
 
+def png_problem(path: Path) -> str | None:
+    """What keeps the file `path` from being shown as a PNG: nothing, or a clause; no link is followed to find out."""
+    import warnings
+
+    from PIL import Image
+
+    try:
+        data = read_plain(path)
+        if not data.startswith(_PNG):
+            return "is no PNG"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a picture that would take too much memory
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                image.verify()  # the checksums of all its parts
+    except FileNotFoundError:
+        return "is missing"
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    except Exception as error:  # what damage raises has no common base
+        return f"is damaged ({told(error)})"
+    return None
+
+
 def save_png(figure: Any, path: Path) -> None:
     """A matplotlib figure as a file, there as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def page(title: str, body: str) -> str:

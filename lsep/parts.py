@@ -1,5 +1,6 @@
 """The parts of a sampling: files that outlive a kill, and the .npz that is put together of them."""
 
+import io
 import json
 import zipfile
 import zlib
@@ -10,6 +11,7 @@ import numpy as np
 
 from lsep import shards
 from lsep.errors import UserError, shown
+from lsep.files import read_plain, replacing
 from lsep.run import write_atomic
 from lsep.sample import UNIT
 
@@ -35,9 +37,11 @@ class Parts:
         """Begin, or go on with what was drawn under the same settings; raises UserError where they differ."""
         file = self.folder / SETTINGS
         settings = json.loads(json.dumps({**settings, "part": self.size}))
+        if self.folder.is_symlink():  # parts are removed in the end, and must be this sampling's own
+            raise UserError(f"{self.folder} is a symbolic link, expected a folder of parts or nothing: remove it")
         if file.exists():
             try:
-                before = json.loads(file.read_text())
+                before = json.loads(read_plain(file))
                 known = {"step": before["step"], **before}
                 changed = [k for k in settings if known.get(k) != settings[k]]  # earlier versions had fewer
             except (ValueError, KeyError, TypeError):
@@ -65,12 +69,11 @@ class Parts:
         return None
 
     def write(self, index: int, images: np.ndarray) -> None:
-        temporary = self.folder / f".part-{index:05d}.tmp"
-        with temporary.open("wb") as file:
-            np.save(file, images)
-        crc = zlib.crc32(temporary.read_bytes())
-        shards.flush(temporary)
-        temporary.rename(self.folder / f"part-{index:05d}-{crc:08x}.npy")
+        data = io.BytesIO()
+        np.save(data, images)
+        crc = zlib.crc32(data.getbuffer())
+        with replacing(self.folder / f"part-{index:05d}-{crc:08x}.npy", flushed=True) as temporary:
+            temporary.write_bytes(data.getbuffer())
 
     def files(self) -> list[Path]:
         """All parts in order; raises UserError where one is missing."""
@@ -89,8 +92,10 @@ def assemble(npz: Path, parts: list[Path], order: np.ndarray, labels: np.ndarray
     """Write the images of `parts` in `order` as arr_0, and their labels as arr_1; little of it is in memory at once."""
     first = np.load(parts[0], mmap_mode="r")
     size, shape, kind = len(first), first.shape[1:], first.dtype
-    temporary = npz.with_name(npz.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        replacing(npz, flushed=True) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": kind.str, "fortran_order": False, "shape": (len(order), *shape)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -103,5 +108,3 @@ def assemble(npz: Path, parts: list[Path], order: np.ndarray, labels: np.ndarray
                 file.write(rows.tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels[order])
-    shards.flush(temporary)
-    temporary.replace(npz)

@@ -21,6 +21,7 @@ from lsep.config import Config, flat, override
 from lsep.cost.floors import Rates, Work, measure, step_work
 from lsep.data.loader import Batch
 from lsep.errors import UserError
+from lsep.files import replacing
 from lsep.ranges import recording, span
 from lsep.run import Run, write_atomic
 from lsep.step import State, open_loader, pick_device, setup, train_step
@@ -165,9 +166,8 @@ def _torch_window(device: torch.device, file: Path) -> Iterator[None]:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
         yield
-    partial = file.with_name(f".{file.name}")
-    profiler.export_chrome_trace(str(partial))
-    partial.replace(file)
+    with replacing(file) as partial:
+        profiler.export_chrome_trace(str(partial))
 
 
 def _work(state: State) -> dict[str, Work]:

@@ -25,6 +25,7 @@ from lsep.config import BackendConfig, Config, SampleConfig
 from lsep.data.latents import as_stored, in_units, of_vae
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
+from lsep.files import replacing
 from lsep.interpolant import Stream, velocity_to_score
 from lsep.objective import Objective
 from lsep.run import Run
@@ -242,11 +243,10 @@ def save_grid(images: np.ndarray, path: Path, columns: int | None = None, side: 
     sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), channels)
     sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     mark = PngInfo()
     mark.add_text(*GRID_MARK)  # so that it is not taken for a sample
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG", pnginfo=mark)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary, format="PNG", pnginfo=mark)
 
 
 def load_ema(

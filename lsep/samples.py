@@ -25,11 +25,13 @@ from lsep.data.manifest import Manifest
 from lsep.decode import Decoder
 from lsep.dist import World, world
 from lsep.errors import UserError, nearest, shown
+from lsep.files import read_plain, require
 from lsep.interpolant import Stream
 from lsep.parts import SETTINGS, Parts, assemble
 from lsep.run import Run, write_atomic
 from lsep.sample import UNIT, Rounding
 from lsep.step import pick_device
+from lsep.voice import heard
 from lsep_kernels.reference import uniform
 
 GRID = 400
@@ -171,7 +173,10 @@ class Job:
         """The grid and the .npz of one guidance scale."""
         config = replace(self.config, sample=replace(self.config.sample, cfg=scale))
         out = out / f"cfg-{scale:g}" if out is not None and several else out
-        out = out or self.run.samples / self._folder_name(config.sample)
+        own = self.run.samples / self._folder_name(config.sample)
+        if out is None:  # a folder of the run's is no link to elsewhere
+            self.world.on_main(lambda: require(own, folder=True))
+        out = out or own
         npz = out if out.suffix == ".npz" else out / "samples.npz"
         grid = npz.with_suffix(".png") if out.suffix == ".npz" else out / "grid.png"
         self.world.on_main(lambda: _make_folder(npz, out))
@@ -259,8 +264,8 @@ def _finished(npz: Path, grid: Path, parts: Parts, settings: dict[str, Any]) -> 
     if parts.folder.exists() or not (npz.is_file() and grid.is_file()):
         return False
     try:
-        there = json.loads((npz.parent / SETTINGS).read_text())
-    except (OSError, ValueError):
+        there = json.loads(read_plain(npz.parent / SETTINGS))
+    except (OSError, ValueError, UserError):
         return False
     if there != json.loads(json.dumps(settings)):
         return False
@@ -290,7 +295,7 @@ class Progress:
 
     def drawn(self, images: int) -> None:
         self.images += images
-        if self.world.main and self.todo > UNIT:
+        if self.world.main and self.todo > UNIT and heard("info"):
             rate = self.images / (time.perf_counter() - self.start)
             left = round((self.todo - self.images) / rate)
             done, todo = self.images * self.world.size, self.todo * self.world.size

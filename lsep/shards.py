@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from lsep.errors import UserError, shown, told
+from lsep.files import discard, flush, read_plain
 
 PARTS = ("model", "ema", "optimizer")
 """First words of the tensors' names in every checkpoint; further averages have their own (`lsep.averages`). Each part
@@ -87,8 +87,8 @@ class Writer(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if is_coordinator:
             self.temporary.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir()
+            discard(self.temporary)
+            self.temporary.mkdir()  # fails where something is left of that name: no link is followed
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -117,7 +117,7 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first process, after all have written: the manifest, then the name."""
         files = {r.index.fqn: {"bytes": r.size_in_bytes, "sha256": r.storage_data} for rank in results for r in rank}
-        (self.temporary / MANIFEST).write_text(_manifest_text({**self.values, "files": files}))
+        (self.temporary / MANIFEST).write_text(_manifest_text({**self.values, "files": files}), encoding="utf-8")
         flush(self.temporary / MANIFEST)
         flush(self.temporary)
         if self.target.exists():  # a damaged one, of steps that have been run again
@@ -169,21 +169,12 @@ def _manifest_text(values: dict[str, Any]) -> str:
     return text.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"')
 
 
-def flush(path: Path) -> None:
-    """Wait until the file or directory is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def remove(path: Path) -> None:
     """Remove a checkpoint; renamed first, since a removal cut short must not leave one that looks damaged."""
     doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    discard(doomed)
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    discard(doomed)
 
 
 # ---------------------------------------------------------------- checking
@@ -193,10 +184,9 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint `path`; raises UserError where it is missing, damaged or not this program's."""
     file = path / MANIFEST
     try:
-        _require_plain(file)
-        if file.stat().st_size > _HEADER_LIMIT:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        text = file.read_bytes()
+        if path.is_symlink():
+            raise OSError("the checkpoint is a symbolic link, expected a folder")
+        text = read_plain(file, _HEADER_LIMIT)
         values = json.loads(text)
         expected = values.pop("sha256")
         if not _SHA256.fullmatch(expected):

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsep import backbone, backends
+from lsep import backbone, backends, sizes
 from lsep.averages import Averages, kept
 from lsep.backbone import Backbone
 from lsep.backends import Backends
@@ -115,6 +115,8 @@ def setup(config: Config, world: World | None = None, begins: bool = True) -> St
         config = replace(config, train=replace(config.train, precision=precision))
     teacher = open_teacher(config, source, device)
     config = resolve_align(config, teacher.shape)
+    holders = 1 if world.mesh is None else world.mesh.size(-1)
+    sizes.require_training(config, source.manifest, device, holders, len(kept(config.optim)))
     fitted = fit_memory(config, world, source.manifest.probe_classes)
     config = fitted.config
     chosen = backends.choose(config, device, world.size)

@@ -96,7 +96,7 @@ class _Event:
 
 def read(path: Path) -> Profile:
     """The profile of the trace in `path`; raises UserError for a file without the range `window`."""
-    raw = json.loads(path.read_text())["traceEvents"]
+    raw = json.loads(path.read_bytes())["traceEvents"]
     events = [
         _Event(e["name"], e["cat"], e["ts"], e["ts"] + e["dur"], e.get("args", {}), (e["pid"], e["tid"]))
         for e in raw

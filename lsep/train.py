@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lsep import checkpoint, overhead, sample, shards
+import torch
+
+from lsep import checkpoint, overhead, sample, shards, voice
 from lsep.averages import POWER
 from lsep.checkpoint import Checkpoints, Progress, latest
 from lsep.config import Config
@@ -24,6 +26,7 @@ from lsep.errors import UserError
 from lsep.evaluate.monitor import Monitor
 from lsep.fitting import memory_runs_out
 from lsep.metrics import Logger, Quiet
+from lsep.optim import rate_factor
 from lsep.run import Run
 from lsep.signals import Preempted, heard
 from lsep.step import State, average_model, open_loader, pick_device, setup, train_step
@@ -47,6 +50,7 @@ def train(
         here.at("the start")
 
         def look() -> None:
+            run.require_plain()
             sample.require(config.sample.sampler)  # not only at the first grid
             if resume and latest(run.checkpoints) is None:
                 raise UserError(f"--resume: no checkpoint in {run.checkpoints}")
@@ -96,18 +100,18 @@ class _Training:
     def run_from_newest(self, preset: str, strict: bool) -> None:
         """Load, train to the end, and draw, measure and report."""
         state, steps = self.state, self.settings.steps
-        progress = self.load(strict)
+        progress, notes = self.load(strict), list[str]()
 
         def start() -> list[float | None] | None:
             if progress.step > steps:
                 raise UserError(f"--train.steps is {steps}, but {self.run.path} is at step {progress.step} already")
-            self.run.open(state.config, state.source.manifest, preset, state.teacher.identity)
-            if self.run.results().get("steps") == progress.step == steps:
-                print(f"{self.run.path}: already at step {steps} of {steps}, nothing to train")
+            if progress.step == steps and self.is_whole():
                 return None
+            notes.extend(self.changes(progress))
+            self.run.open(state.config, state.source.manifest, preset, state.teacher.identity)
             self.forget_after(progress.step)
             self.logger = Logger(self.run, progress.step, steps, self.settings.wandb, asdict(state.config))
-            return [line["loss"] for line in self.run.metrics()]
+            return [line.get("loss") for line in self.run.metrics()]
 
         losses = self.world.on_main(start)
         if losses is None:
@@ -116,9 +120,11 @@ class _Training:
             self.spikes.seen(loss)
         try:
             for note in self.state.notes:
-                self.logger.say(f"lsep: {note}")
+                self.logger.say(f"lsep: {note}", "warning" if note.startswith("warning") else "info")
             if progress.step:
                 self.logger.say(f"continuing {self.run.path} at step {progress.step}")
+            for text in notes:
+                self.logger.say(text)
             if self.monitor is not None:
                 self.monitor.prepare(self.run.path)
             with heard() as asked:
@@ -131,9 +137,45 @@ class _Training:
                 raise KeyboardInterrupt
             if outcome.signum:
                 raise Preempted(outcome.signum, outcome.step)
-            self.finish(outcome.batches)
+            self.finish(outcome.batches, progress)
         finally:
             self.logger.close()
+
+    def changes(self, progress: Progress) -> list[str]:
+        """What makes a run that goes on differ from an unbroken one."""
+        if not progress.step or not self.run.config_file.exists():
+            return []
+        config, before, said = self.state.config, self.run.config(), []
+        if config.optim.schedule == "cosine" and before.train.steps != self.settings.steps:
+            old, new = (
+                rate_factor(min(progress.step, steps), config.optim, steps)
+                for steps in (before.train.steps, self.settings.steps)
+            )
+            said.append(
+                f"--train.steps is {self.settings.steps} now and was {before.train.steps}: from here on the cosine is "
+                f"that of {self.settings.steps} steps, {new:.3g} of --optim.lr at this step instead of {old:.3g}"
+            )
+        sessions, threads = self.run.sessions(), str(torch.get_num_threads())
+        if self.state.device.type == "cpu" and sessions and sessions[-1]["threads"] not in ("?", threads):
+            said.append(
+                f"{threads} threads now, {sessions[-1]['threads']} before: sums round in another order, so that the "
+                "numbers are those of an unbroken run but for rounding"
+            )
+        return said
+
+    def is_whole(self) -> bool:
+        """Whether a run that is at its last step has all that an end leaves; a page that is missing is made here."""
+        from lsep import ending, report
+
+        missing = ending.missing(self.run, self.settings.steps)
+        if missing and missing != [ending.REPORT]:
+            return False
+        made = report.render(self.run) if missing else None
+        if voice.heard("info"):
+            print(f"{self.run.path}: already at step {self.settings.steps} of {self.settings.steps}, nothing to train")
+            if made:
+                print(f"report:  {made}, which was missing")
+        return True
 
     def load(self, strict: bool = False) -> Progress:
         """The newest checkpoint's state, or the beginning."""
@@ -203,7 +245,9 @@ class _Training:
                 self.logger.log({**line, "skipped_rows": loader.skipped, **distance})
                 spike = self.spikes.seen(line["loss"]) if settings.on_spike != "off" else None
                 if spike is not None:
-                    self.logger.say(f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before")
+                    self.logger.say(
+                        f"step {step}: the loss is {line['loss']:.4g}, {spike:.4g} in the windows before", "warning"
+                    )
             if spike is not None and settings.on_spike == "rollback":
                 agreement.close()
                 return _Outcome(step, [], rollback=True)
@@ -254,12 +298,13 @@ class _Training:
             config, manifest = self.state.config, self.state.source.manifest
             labels = sample.grid_labels(config.sample.num, manifest.num_classes)
             x = sample.draw(model, config, labels, config.train.seed)
-            sample.save_grid(sample.to_images(x, manifest), self.run.samples / f"step-{step:07d}.png")
+            sample.save_grid(sample.to_images(x, manifest), self.run.grid(step))
+            self.logger.picture("samples", self.run.grid(step), step)
         self.world.barrier()
 
-    def finish(self, batches: list[Batch]) -> None:
+    def finish(self, batches: list[Batch], progress: Progress) -> None:
         """The last samples, the cost of LSEP, results and report."""
-        from lsep import report
+        from lsep import ending
 
         state, model = self.state, average_model(self.state)
         self.world.at("the samples and the report at the end")
@@ -272,8 +317,11 @@ class _Training:
         if model is None:
             measured()
         else:
-            results = report.finish(model, state.config, state.source.manifest, self.run, state.device, measured)
-            self.logger.say(results)
+            manifest, anew = state.source.manifest, bool(batches)
+            self.logger.say(
+                ending.finish(model, state.config, manifest, self.run, state.device, progress, measured, anew)
+            )
+            self.logger.picture("samples", self.run.grid(self.settings.steps), self.settings.steps)
         self.world.barrier()
 
 

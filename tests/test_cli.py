@@ -60,7 +60,7 @@ def test_flags_of_the_contract_are_in_the_help(capsys: pytest.CaptureFixture[str
         (["train", "sit-xl-256"], "preset 'sit-xl-256' is unknown; did you mean 'sit-xl-2-256'"),
         (["train", "quickstart", "--probe.roh", "1"], "flag '--probe.roh' is unknown; did you mean '--probe.rho'"),
         (["train", "quickstart", "--train.step=3"], "flag '--train.step' is unknown; did you mean '--train.steps'"),
-        (["train", "quickstart", "--probe.rho", "much"], "--probe.rho: could not convert string to float: 'much'"),
+        (["train", "quickstart", "--probe.rho", "much"], "--probe.rho is 'much', expected a number"),
         (["train", "quickstart", "--probe.branch", "both"], "invalid choice 'both' for argument '--probe.branch'"),
         (["train", "quickstart", "--train.steps"], "Missing value for argument '--train.steps'"),
         (["train", "quickstart", "more"], "argument 'more' is unexpected"),
@@ -105,7 +105,7 @@ def test_sample_and_report_commands(store: Path, tmp_path: Path, capsys: pytest.
     assert call(capsys, "report", str(run.path))[:2] == (0, f"{run.report_file}\n")
     assert run.report_file.exists()
     assert call(capsys, "sample", str(run.path), "--steps", "0")[2] == (
-        "lsep: error: --sample.steps is 0, expected at least 1\n"
+        "lsep: error: --steps is 0, expected at least 1\n"
     )
 
 

@@ -1,5 +1,6 @@
 """The quickstart's data and its judge."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from lsep.data import digits
 from lsep.data.digits import Digits, agreement, open_digits
-from lsep.errors import UserError
 
 
 def test_digits_are_real_images() -> None:
@@ -49,8 +49,19 @@ def test_the_store_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(rows.y, truth.y)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digits are in a temporary folder of this process alone then, and a line says so."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="digits: cannot be written .*, set XDG_CACHE_HOME"):
-        open_digits()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    digits._temporary.cache_clear()
+    store = open_digits()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "cannot be written (Not a directory)" in err and "set XDG_CACHE_HOME" in err
+    assert store.manifest.rows == 1797 and store.path.is_relative_to(tmp_path)
+    (folder,) = tmp_path.glob("lsep-*")
+    assert folder.stat().st_mode & 0o777 == 0o700 and str(folder) in err
+    assert open_digits().path == store.path and capsys.readouterr().err == ""

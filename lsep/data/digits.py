@@ -4,9 +4,12 @@ They go through a store like any other data (`open_digits`). `agreement` judges 
 classifier on the real images against the classes asked for; `features` gives what a Frechet distance is taken over.
 """
 
+import atexit
 import contextlib
 import functools
 import os
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from lsep.data.manifest import Ids
 from lsep.data.store import Store
 from lsep.data.writer import Block, Header, build
 from lsep.errors import UserError
+from lsep.voice import heard
 
 
 class Digits:
@@ -34,8 +38,32 @@ class Digits:
 
 
 def open_digits() -> Store:
-    """The store of the digits in the user's cache folder, written there on first use."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsep"
+    """The store of the digits in the user's cache folder, written there on first use.
+
+    Where that folder cannot be written they are in a temporary one, which goes with the process.
+    """
+    try:
+        return _cached(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsep")
+    except (OSError, UserError, RuntimeError) as error:  # RuntimeError: of a user without a home
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return _cached(_temporary(reason))
+
+
+@functools.cache
+def _temporary(reason: str) -> Path:
+    """A folder of this process alone, under a name that nobody could take before."""
+    temporary = Path(tempfile.mkdtemp(prefix="lsep-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    if heard("warning"):
+        print(
+            f"lsep: warning: the cache folder cannot be used ({reason}): the digits are written to {temporary}, which "
+            "goes with this process; set XDG_CACHE_HOME to keep them",
+            file=sys.stderr,
+        )
+    return temporary
+
+
+def _cached(cache: Path) -> Store:
     folder = cache / "digits"
     with contextlib.suppress(UserError):  # not there yet, damaged, or of another version: made anew
         return Store(folder)
@@ -48,7 +76,7 @@ def open_digits() -> Store:
             with contextlib.suppress(FileExistsError):  # another process was faster
                 (Path(temporary) / "new").rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}), set XDG_CACHE_HOME") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     return Store(folder)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lsep.data.forms_npy import NpyHeader, npy_header
 from lsep.errors import UserError, told
+from lsep.files import replacing
 
 _HEADER_BYTES = 1 << 16
 LARGEST = 4 << 30
@@ -101,11 +102,8 @@ def text(archive: Archive, name: str) -> str:
 
 def write(path: Path, arrays: dict[str, Any]) -> None:
     """Save `arrays` as an .npz under a temporary name, then rename; raises UserError where that cannot be done."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -111,7 +111,8 @@ def open_extractor(name: str, weights: Path | None, precision: Precision, device
         if "weights" not in takes:
             raise UserError(f"--weights {weights}: the function {function_name!r} has no parameter `weights`")
         given["weights"] = weights
-    file = inspect.getsourcefile(inspect.unwrap(function)) if inspect.isfunction(function) else None
+    own = inspect.unwrap(function)
+    file = inspect.getsourcefile(own) if inspect.isfunction(own) else None
     identity = Identity(
         f"{Path(place).name}:{function_name}",
         sha256(Path(file)) if file else None,

@@ -1,8 +1,6 @@
 """`lsep export`: a run's weights as safetensors, as SiT's own, or as a diffusers directory, with a card."""
 
 import json
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ from lsep import __version__, averages, checkpoint, shards, unet
 from lsep.config import Config
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
+from lsep.files import new_folder, replacing, write_atomic
 from lsep.run import Run
 from lsep.weights import card, diffusers_dit
 from lsep.weights.convention import TIME, flip_time
@@ -63,16 +62,9 @@ def export(
         )
     if form == "diffusers" and config.model.qk_norm:
         raise UserError("--format diffusers: its blocks have no QK-norm, and this model has (--model.qk-norm)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as temporary:
         notes = _write(temporary, form, backbone, config, run.manifest(), int(folder.name))
-        (temporary / "README.md").write_text(card.text(run, config, form, part, int(folder.name), notes))
-        temporary.chmod(0o755)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        write_atomic(temporary / "README.md", card.text(run, config, form, part, int(folder.name), notes))
     return [f"{part} weights of step {int(folder.name)} as {out / FILES[form]}", *notes]
 
 
@@ -86,7 +78,7 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, manifes
             "config": json.dumps({k: v for k, v in asdict(config).items() if k not in ("backend", "dist")}),
             "data": json.dumps({k: v for k, v in asdict(manifest).items() if k != "source"}),
         }
-        save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
+        _save({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
         return [f"predicts {config.interpolant.prediction}; t = 1 is noise, {path}"]
     if form == "sit":
         torch.save({"ema": sit_state(tensors, config), "lsep": {TIME: tensors[TIME], "step": step}}, file)
@@ -96,7 +88,7 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, manifes
         ]
     if config.model.backbone == "unet":
         state = {k.removeprefix("unet."): v.contiguous() for k, v in tensors.items()}
-        save_file(state, file, {"format": "pt"})
+        _save(state, file, {"format": "pt"})
         values = {"_class_name": "UNet2DModel", **unet.settings(config.model)}
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         return [
@@ -104,13 +96,18 @@ def _write(folder: Path, form: Format, tensors: Tensors, config: Config, manifes
             "`timestep` takes 1000 t, with t from 0 (data) to 1 (noise)",
         ]
     state, error = diffusers_dit.write(tensors)
-    save_file(state, file, {"format": "pt"})
+    _save(state, file, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(diffusers_dit.config_of(config), indent=2) + "\n")
     (folder / diffusers_dit.OURS).write_text(json.dumps({"time": "t in [0, 1], 1 is noise", "step": step}) + "\n")
     return [
         f"the velocity v of {path}; `timestep` takes t itself, from 0 (data) to 1 (noise)",
         f"the first layer over t is refitted to diffusers' frequencies, relative error {error:.1e}",
     ]
+
+
+def _save(tensors: Tensors, file: Path, metadata: dict[str, str]) -> None:
+    with replacing(file) as temporary:  # safetensors gives its files mode 0600, whatever the umask
+        save_file(tensors, temporary, metadata)
 
 
 def sit_state(tensors: Tensors, config: Config) -> Tensors:

@@ -10,6 +10,7 @@ from lsep.checks import check
 from lsep.config import Config
 from lsep.data.manifest import Kind, Manifest
 from lsep.errors import UserError
+from lsep.files import replacing
 from lsep.model import sincos_positions
 from lsep.objective import Objective
 from lsep.run import Run
@@ -50,7 +51,8 @@ def import_weights(path: Path, out: Path, given: Given) -> list[str]:
 
     def keep_projectors(run: Run) -> None:
         if given.keep_projectors and found.projectors:
-            save_file({k: v.contiguous() for k, v in found.projectors.items()}, run.projectors_file)
+            with replacing(run.projectors_file) as file:
+                save_file({k: v.contiguous() for k, v in found.projectors.items()}, file)
 
     make_run(out, config, manifest, objective, "imported", more=keep_projectors)
     m = config.model
