@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from lsep.config import Config
+from lsep.cost import parameters as cost
 from lsep.data.manifest import Manifest
 from lsep.errors import UserError
 
-_TIME_FEATURES = 256  # cosines and sines of t, see TimestepEmbedder
 _FLOAT = 4
 DEEPEST = 4096
 """Blocks of a SiT, at most: beside its weights each takes the host's memory and time to be built."""
@@ -22,25 +22,16 @@ DEEPEST = 4096
 
 def parameters(config: Config, probe_classes: int) -> int:
     """Trained weights of backbone, classifier and projector of a resolved `config`; of a U-Net at least so many."""
-    m, align, d = config.model, config.align, config.model.hidden_size
-    assert m.num_classes is not None and m.in_channels is not None
-    count = _unet(config) if m.backbone == "unet" else _sit(config)
+    if config.model.backbone == "sit":
+        return cost.parameters(config, probe_classes).total
+    align, d = config.align, config.model.hidden_size
+    count = _unet(config)
     if config.probe.enabled:
         count += 2 * d + d * probe_classes + probe_classes
     if align.enabled and align.width is not None:
         z = align.projector_dim
         count += d * z + z + z * z + z + z * align.width + align.width
     return count
-
-
-def _sit(config: Config) -> int:
-    m, d = config.model, config.model.hidden_size
-    assert m.num_classes is not None and m.in_channels is not None
-    hidden, patch = int(d * m.mlp_ratio), m.patch_size**2 * m.in_channels
-    embedders = patch * d + d + _TIME_FEATURES * d + d + d * d + d + (m.num_classes + 1) * d
-    attention = 4 * d * d + 4 * d + (4 * (d // m.num_heads) if m.qk_norm else 0)
-    block = attention + 2 * d * hidden + hidden + d + 6 * d * d + 6 * d
-    return embedders + m.depth * block + d * patch + patch + 2 * d * d + 2 * d
 
 
 def _unet(config: Config) -> int:
