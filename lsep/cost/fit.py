@@ -98,8 +98,13 @@ def fit(config: Config, device: Device, probe_classes: int, free: int, processes
 
 def needed(config: Config, choice: Choice, probe_classes: int, peak: int) -> int:
     """Bytes that must be free for a step whose peak is `peak`."""
-    fixed, share = RESERVE[POLICIES[POLICIES.index(config.train.memory)]]
+    fixed, share = RESERVE[policy_of(config)]
     return peak + fixed + int(share * (peak - after_setup(config, choice, probe_classes).total()))
+
+
+def policy_of(config: Config) -> Policy:
+    """`train.memory`, where `auto` is to keep all."""
+    return next((policy for policy in POLICIES if policy == config.train.memory), "keep")
 
 
 def _order(config: Config, setting: Setting, processes: int) -> tuple[bool, float]:
@@ -108,21 +113,25 @@ def _order(config: Config, setting: Setting, processes: int) -> tuple[bool, floa
     return not first, setting.accumulate if first else setting.seconds
 
 
+def setting_of(config: Config, device: Device, probe_classes: int, processes: int = 1) -> Setting:
+    """What a resolved `config` needs with its own `optim.accumulate` and `train.memory`."""
+    probe = config.probe.enabled and config.probe.end_step != 0
+    choice = backends.decide(config, device, processes)
+    peak = sum(step_memory(config, choice, probe_classes, probe, processes).values())
+    time = seconds(step_time(own_part(config, processes), choice, probe_classes, _known(device), probe))
+    whole = needed(config, choice, probe_classes, peak)
+    return Setting(config.optim.accumulate, policy_of(config), peak, whole, time)
+
+
 def _settings(config: Config, device: Device, probe_classes: int, processes: int) -> list[Setting]:
-    known, probe = _known(device), config.probe.enabled and config.probe.end_step != 0
     found, refused = [], None
     for accumulate in _divisors(config, processes):
         for memory in POLICIES:
             candidate = Setting(accumulate, memory, 0, 0, 0.0).applied(config)
             try:
-                choice = backends.decide(candidate, device, processes)
-                peak = sum(step_memory(candidate, choice, probe_classes, probe, processes).values())
-                time = seconds(step_time(own_part(candidate, processes), choice, probe_classes, known, probe))
+                found.append(setting_of(candidate, device, probe_classes, processes))
             except UserError as error:
                 refused = refused or error
-                continue
-            whole = needed(candidate, choice, probe_classes, peak)
-            found.append(Setting(accumulate, memory, peak, whole, time))
     if not found:
         assert refused is not None
         raise refused

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from lsep.backends import Choice
 from lsep.config import Config
-from lsep.cost.activations import PASSING, STREAM, Bytes, Shapes, backward, handed_on, kept
+from lsep.cost.activations import PASSING, Bytes, Shapes, backward, handed_on, kept
 from lsep.cost.parameters import Parameters, parameters
 from lsep.plan import branch_plan
 from lsep_kernels.limits import Device
@@ -134,6 +134,4 @@ def _of_whole_step(s: Shapes, count: Parameters, choice: Choice, probe_classes: 
         assert a.width is not None
         found["kept by the projector"] = tokens * (4 * a.projector_dim * s.element + a.width * (2 * s.element + 12))
         found["kept by the projector"] += s.stream(s.plan.batch)
-    if s.config.train.memory != "keep":
-        found[STREAM] += s.stream(s.plan.batch) if s.config.train.fp32_residual else 0
     return found
