@@ -23,8 +23,8 @@ CONTEXT = 600_000_000
 SMALLEST = 16
 """Images in a micro-batch below which recomputation is looked at as well: products no longer fill a GPU."""
 RESERVE: dict[Policy, tuple[int, float]] = {
-    "keep": (1_200_000_000, 0.04),
-    "recompute-elementwise": (1_500_000_000, 0.07),
+    "keep": (1_600_000_000, 0.045),
+    "recompute-elementwise": (1_700_000_000, 0.08),
     "recompute-blocks": (1_500_000_000, 0.35),
 }
 """What the allocator holds beyond its peak, because free pieces do not fit what is asked for: bytes, and a share of

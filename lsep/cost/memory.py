@@ -74,7 +74,9 @@ def _moments(config: Config, choice: Choice, probe_classes: int, probe: bool, pr
     base = after_setup(config, choice, probe_classes) + _always(shapes, choice)
     base += _of_whole_step(shapes, count, choice, probe_classes)
     if not copies:
-        base["weights cast for a step"] = 2 * (count.depth * count.block + count.modulations)
+        # What is computed again casts again: then one block's are there at a time.
+        again = config.train.memory.startswith("recompute")
+        base["weights cast for a step"] = 2 * (count.block * (1 if again else depth) + count.modulations)
     # A bucket of DDP holds the gradients always; those of earlier micro-batches are there as well.
     standing = processes > 1 or config.optim.accumulate > 1
     before = handed_on(shapes, 0)
