@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from lsep.plan import branch_plan
 from lsep.step import open_loader, setup, train_step
 from lsep.train import train
 from lsep_kernels import ops
+from lsep_kernels.limits import Card
 
 CPU = torch.device("cpu")
 
@@ -73,6 +74,26 @@ def test_a_training_says_what_replaces_missing_parts(
     assert "lsep: warning: the kernels are missing" in capsys.readouterr().out
     program = run.results()["program"]
     assert program["optimizer"] == "torch" and program["kernels"] == "reference" and program["graphs"] is False
+
+
+@pytest.mark.parametrize(("capability", "attention"), [((9, 0), "triton"), ((10, 0), "triton"), ((8, 0), "sdpa")])
+def test_a_card_that_is_not_here(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], attention: str) -> None:
+    """Its implementations are known by name, whatever this machine has: Triton, csrc and cuDNN are taken as given."""
+
+    def asked(*args: object) -> None:
+        raise AssertionError("asked this machine")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", asked)
+    monkeypatch.setattr(backends.adamw_ema, "why_missing", asked)
+    monkeypatch.setattr("importlib.util.find_spec", asked)
+    base = resolve(tiny(train__precision="bf16", model__hidden_size=128), MANIFEST)
+    found = backends.decide(base, Card(capability))
+    assert found == backends.Choice("triton", attention, "triton", "csrc", True, True, "block", True)
+    assert not backends.decide(base, Card(capability), processes=2).graphs
+    two = replace(base, optim=replace(base.optim, accumulate=2))
+    assert not backends.decide(two, Card(capability)).bf16_weights
+    with pytest.raises(UserError, match=r"compute capability 7\.5, expected 8\.0"):
+        backends.decide(replace(base, backend=replace(base.backend, kernels="triton")), Card((7, 5)))
 
 
 FP8 = {"train__fp8": True, "train__precision": "bf16", "backend__kernels": "triton"}

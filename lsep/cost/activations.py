@@ -143,6 +143,6 @@ def backward(s: Shapes, block: int) -> Bytes:
     else:
         passing += 3 * s.hidden(rows)
     out[PASSING] += passing
-    if s.config.train.memory != "keep":
+    if s.config.train.memory.startswith("recompute"):
         out[STREAM] -= s.stream(rows)  # its input, once the first seam is computed again
     return out

@@ -23,8 +23,8 @@ CONTEXT = 600_000_000
 SMALLEST = 16
 """Images in a micro-batch below which recomputation is looked at as well: products no longer fill a GPU."""
 RESERVE: dict[Policy, tuple[int, float]] = {
-    "keep": (1_200_000_000, 0.04),
-    "recompute-elementwise": (1_500_000_000, 0.07),
+    "keep": (1_600_000_000, 0.045),
+    "recompute-elementwise": (1_700_000_000, 0.08),
     "recompute-blocks": (1_500_000_000, 0.35),
 }
 """What the allocator holds beyond its peak, because free pieces do not fit what is asked for: bytes, and a share of
@@ -96,15 +96,15 @@ def fit(config: Config, device: Device, probe_classes: int, free: int, processes
     return Fit(fitting[0] if fitting else None, fitting, min(settings, key=lambda s: s.needed))
 
 
-def policy(config: Config) -> Policy:
-    """`train.memory` of `config`; auto, where it was not settled, keeps."""
-    return "keep" if config.train.memory == "auto" else config.train.memory
-
-
 def needed(config: Config, choice: Choice, probe_classes: int, peak: int) -> int:
     """Bytes that must be free for a step whose peak is `peak`."""
-    fixed, share = RESERVE[policy(config)]
+    fixed, share = RESERVE[policy_of(config)]
     return peak + fixed + int(share * (peak - after_setup(config, choice, probe_classes).total()))
+
+
+def policy_of(config: Config) -> Policy:
+    """`train.memory`, where `auto` is to keep all."""
+    return next((policy for policy in POLICIES if policy == config.train.memory), "keep")
 
 
 def _order(config: Config, setting: Setting, processes: int) -> tuple[bool, float]:
@@ -120,7 +120,7 @@ def setting_of(config: Config, device: Device, probe_classes: int, processes: in
     peak = sum(step_memory(config, choice, probe_classes, probe, processes).values())
     time = seconds(step_time(own_part(config, processes), choice, probe_classes, _known(device), probe))
     whole = needed(config, choice, probe_classes, peak)
-    return Setting(config.optim.accumulate, policy(config), peak, whole, time)
+    return Setting(config.optim.accumulate, policy_of(config), peak, whole, time)
 
 
 def _settings(config: Config, device: Device, probe_classes: int, processes: int) -> list[Setting]:

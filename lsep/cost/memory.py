@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from lsep.backends import Choice
 from lsep.config import Config
-from lsep.cost.activations import PASSING, STREAM, Bytes, Shapes, backward, handed_on, kept
+from lsep.cost.activations import PASSING, Bytes, Shapes, backward, handed_on, kept
 from lsep.cost.parameters import Parameters, parameters
 from lsep.plan import branch_plan
 from lsep_kernels.limits import Device
@@ -74,7 +74,9 @@ def _moments(config: Config, choice: Choice, probe_classes: int, probe: bool, pr
     base = after_setup(config, choice, probe_classes) + _always(shapes, choice)
     base += _of_whole_step(shapes, count, choice, probe_classes)
     if not copies:
-        base["weights cast for a step"] = 2 * (count.depth * count.block + count.modulations)
+        # What is computed again casts again: then one block's are there at a time.
+        again = config.train.memory.startswith("recompute")
+        base["weights cast for a step"] = 2 * (count.block * (1 if again else depth) + count.modulations)
     # A bucket of DDP holds the gradients always; those of earlier micro-batches are there as well.
     standing = processes > 1 or config.optim.accumulate > 1
     before = handed_on(shapes, 0)
@@ -134,6 +136,4 @@ def _of_whole_step(s: Shapes, count: Parameters, choice: Choice, probe_classes: 
         assert a.width is not None
         found["kept by the projector"] = tokens * (4 * a.projector_dim * s.element + a.width * (2 * s.element + 12))
         found["kept by the projector"] += s.stream(s.plan.batch)
-    if s.config.train.memory != "keep":
-        found[STREAM] += s.stream(s.plan.batch) if s.config.train.fp32_residual else 0
     return found
