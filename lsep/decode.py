@@ -1,4 +1,4 @@
-"""From latents to images through a diffusers `AutoencoderKL`."""
+"""From latents to images through a decoder of diffusers: `AutoencoderKL`, `AutoencoderDC` or `AutoencoderTiny`."""
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ class Decoder:
 
     def __init__(self, vae: str, manifest: Manifest, rounding: Rounding, device: torch.device) -> None:
         """Raises UserError where the VAE cannot be had or has other latents."""
-        self.vae = load_vae(vae).to(device).eval().requires_grad_(False)
+        self.vae = load_vae(vae, decodes=True).float().to(device).eval().requires_grad_(False)
+        # A tiny one (TAESD) stands in for the VAE of a diffusion model, and takes latents in that model's units.
+        self.tiny = type(self.vae).__name__ == "AutoencoderTiny"
         self.manifest, self.rounding = manifest, rounding
         channels = int(self.vae.config.latent_channels)
         if channels != manifest.shape[0]:
@@ -29,7 +31,7 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> np.ndarray:
         """uint8 images `(N, H, W, 3)` of latents `(N, C, h, w)`."""
-        x = latents(x, self.manifest)
+        x = x if self.tiny else latents(x, self.manifest)
         filled = torch.cat([x, x[:1].expand(-len(x) % UNIT, -1, -1, -1)])
         images = [to_uint8(self.vae.decode(part).sample, self.rounding) for part in filled.split(UNIT)]
         return np.concatenate(images)[: len(x)]
