@@ -8,7 +8,6 @@ precision become float32 here, before anything is computed with them.
 import argparse
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def _read_torch(path: Path, ema: bool) -> Raw:
             f"{path}: refused, it is damaged or holds more than tensors ({what}), expected tensors alone: where its "
             "project runs, save the dictionary of weights by itself"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle raises anything from IndexError to struct.error
         raise UserError(f"{path}: not a whole file of torch.save ({told(error)})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds {shown(type(found).__name__)}, expected a dictionary of tensors")
