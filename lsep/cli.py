@@ -171,7 +171,7 @@ class SampleArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample; auto takes a GPU when there is one."""
     vae: str | None = None
-    """Folder or hub id of a diffusers AutoencoderKL that decodes latents to images."""
+    """Folder or hub id of diffusers' AutoencoderKL, AutoencoderDC or AutoencoderTiny that decodes latents to images."""
     rounding: Literal["nearest", "truncate"] = "nearest"
     """To whole numbers from 0 to 255: nearest (as SiT and DiT), or cut off (as REPA and LSEP)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -1,11 +1,11 @@
-"""From latents to images through a diffusers `AutoencoderKL`."""
+"""From latents to images through a decoder of diffusers: `AutoencoderKL`, `AutoencoderDC` or `AutoencoderTiny`."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lsep.data.encode import load_vae
-from lsep.data.latents import require_decoder
+from lsep.data.latents import in_model_units, is_tiny, require_decoder
 from lsep.data.manifest import Manifest
 from lsep.sample import Rounding, latents, to_uint8
 
@@ -18,7 +18,7 @@ class Decoder:
 
     def __init__(self, vae: str, manifest: Manifest, rounding: Rounding, device: torch.device) -> None:
         """Raises UserError where the VAE cannot be had or other latents than it decodes are here."""
-        self.vae = load_vae(vae).to(device).eval().requires_grad_(False)
+        self.vae = load_vae(vae, decodes=True).float().to(device).eval().requires_grad_(False)
         self.manifest, self.rounding = manifest, rounding
         require_decoder(self.vae, vae, manifest)
 
@@ -28,8 +28,9 @@ class Decoder:
         return self.decode(latents(x, self.manifest))
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> np.ndarray:
+    def decode(self, z: Tensor) -> np.ndarray:
         """As above of latents as the VAE encodes them."""
+        x = in_model_units(z, self.manifest) if is_tiny(self.vae) else z
         filled = torch.cat([x, x[:1].expand(-len(x) % UNIT, -1, -1, -1)])
         images = [to_uint8(self.vae.decode(part).sample, self.rounding) for part in filled.split(UNIT)]
         return np.concatenate(images)[: len(x)]

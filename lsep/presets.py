@@ -25,6 +25,12 @@ def _sit(size: str, patch: int, pixels: int) -> Config:
     )
 
 
+def _sit_1(size: str) -> Config:
+    """SiT-size/1 on latents of 16 x 16 x 32 (VA-VAE f16d32 at 256 pixels): as many tokens as patch 2 on 32 x 32."""
+    like = _sit(size, 2, 256)
+    return replace(like, model=replace(like.model, patch_size=1, input_size=16, in_channels=32))
+
+
 def _finetune(config: Config, epochs: int = 100) -> Config:
     """The paper's fine-tuning with LSEP of a plain SiT; the run it starts from comes as --train.init."""
     return replace(config, train=replace(config.train, steps=epochs * _IMAGENET_EPOCH))
@@ -49,6 +55,7 @@ PRESETS: dict[str, Config] = {
     ),
     **{f"sit-{s}-{p}-256": _sit(s, p, 256) for s in _SIZES for p in (2, 4, 8)},
     **{f"sit-{s}-2-512": _sit(s, 2, 512) for s in ("b", "l", "xl")},
+    **{f"sit-{s}-1-f16d32": _sit_1(s) for s in _SIZES},
     "sit-xl-2-512-finetune": _finetune(_sit("xl", 2, 512)),
 }
 

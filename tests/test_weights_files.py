@@ -201,6 +201,21 @@ def test_names_that_are_not_clear(content: object, ema: bool, message: str, tmp_
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_scale_that_no_file_says_is_said(tmp_path: Path) -> None:
+    torch.save(sit_weights(), tmp_path / "file.pt")
+    for name, changes in (("a", {"scale": None}), ("b", {}), ("c", {"scale": None, "kind": "pixels"})):
+        said = import_weights(tmp_path / "file.pt", tmp_path / name, replace(SIT, **changes))  # type: ignore[arg-type]
+        assert any("Stable Diffusion's VAE, times 0.18215" in sentence for sentence in said) == (name == "a")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02.", b"\x80\x02K\x01K\x02t.", b"PK\x03\x04" + bytes(60), bytes(200)])
+def test_damaged_files_are_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_bytes(content)
+    with pytest.raises(UserError, match="file.pt: ") as error:
+        import_weights(tmp_path / "file.pt", tmp_path / "run", SIT)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Directories
 

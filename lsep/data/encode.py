@@ -25,13 +25,16 @@ from lsep.data.squares import OnCorrupt, Squares
 from lsep.data.store import all_finite
 from lsep.data.tree import JSON_LIMIT
 from lsep.data.writer import Block, Header, build, replace_file
-from lsep.errors import UserError, told
+from lsep.errors import UserError, shown, told
 
 if TYPE_CHECKING:
     import torch
 
 SETTINGS = "encode.json"
 INSTALL = "pip install diffusers"
+DECODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
+"""Classes of diffusers whose decoders take latents (C, H, W) to images."""
+_WEIGHTS = "diffusion_pytorch_model"
 
 
 def encode(
@@ -230,8 +233,11 @@ def pick_device(wanted: str, local: int) -> "torch.device":
     return device
 
 
-def load_vae(vae: str) -> Any:
-    """The `AutoencoderKL` at a folder or hub id; that of a whole pipeline is found in its subfolder `vae`."""
+def load_vae(vae: str, decodes: bool = False) -> Any:
+    """The `AutoencoderKL` at a folder or hub id; that of a whole pipeline is found in its subfolder `vae`.
+
+    decodes: any of `DECODERS`, with or without statistics of its channels: what decodes takes latents as encoded.
+    """
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
@@ -244,9 +250,15 @@ def load_vae(vae: str) -> Any:
     subfolder = "vae" if local and (where / "vae" / "config.json").is_file() else None
     try:
         # accelerate is not needed: low_cpu_mem_usage only saves a second copy of 0.3 GB
-        model, report = AutoencoderKL.from_pretrained(
-            place, subfolder=subfolder, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        kind = _class_of(place, subfolder, vae) if decodes else AutoencoderKL
+        folder = where / (subfolder or "")
+        halves = local and not any(folder.glob(f"{_WEIGHTS}.[sb]*")) and any(folder.glob(f"{_WEIGHTS}.fp16.*"))
+        model, report = kind.from_pretrained(
+            place, subfolder=subfolder, low_cpu_mem_usage=False, output_loading_info=True,
+            variant="fp16" if halves else None,
+        )  # fmt: skip
+    except UserError:
+        raise
     except Exception as error:  # any kind: what diffusers, safetensors and the hub's client raise has no common base
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -256,12 +268,24 @@ def load_vae(vae: str) -> Any:
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing:  # diffusers only warns and leaves random numbers there
         raise UserError(f"--vae {vae}: {len(missing)} weights are missing or of another shape, such as {missing[0]!r}")
+    if decodes:
+        return model
     if model.config.get("latents_mean") is not None or model.config.get("latents_std") is not None:
         raise UserError(
             f"--vae {vae}: its config.json scales each channel by latents_mean and latents_std, "
             "expected one scaling_factor and shift_factor"
         )
     return model
+
+
+def _class_of(place: str, subfolder: str | None, vae: str) -> Any:
+    """The diffusers class that the config.json of a decoder names."""
+    import diffusers
+
+    name = diffusers.AutoencoderKL.load_config(place, subfolder=subfolder).get("_class_name", DECODERS[0])
+    if name not in DECODERS:
+        raise UserError(f"--vae {vae}: its config.json says {shown(name)}, expected {', '.join(DECODERS)}")
+    return getattr(diffusers, name)
 
 
 def fingerprint(vae: Any) -> str:

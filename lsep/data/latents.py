@@ -115,6 +115,20 @@ def _by_channel(x: "Tensor", way: Latents) -> "tuple[Tensor, Tensor]":
     return mean, std
 
 
+def is_tiny(vae: Any) -> bool:
+    """Whether `vae` (TAESD) stands in for the VAE of a diffusion model: it decodes latents in that model's units."""
+    return type(vae).__name__ == "AutoencoderTiny"
+
+
+def in_model_units(z: "Tensor", manifest: "Manifest") -> "Tensor":
+    """The VAE's latents `(N, C, H, W)` in the units of the diffusion models that come with it."""
+    way = manifest.latents
+    if way is None or not way.changed:
+        return (z - manifest.shift) * manifest.scale
+    assert way.scaling_factor is not None, "see require_decoder"
+    return z * way.scaling_factor
+
+
 def require_decoder(vae: Any, name: str, manifest: "Manifest") -> None:
     """Raise UserError where the VAE `name` cannot decode the latents of `manifest`, or nobody can tell."""
     source, way = manifest.source, manifest.latents
@@ -130,6 +144,13 @@ def require_decoder(vae: Any, name: str, manifest: "Manifest") -> None:
             "latents of scale 1 were normalised: expected 'latents' in it; pack the data again, and for a run that is "
             "there already copy the new manifest's 'latents' to 'manifest' in its config.json"
         )
+    if is_tiny(vae):  # its own scaling_factor is 1, and its encoder another one
+        if way is not None and way.changed and way.scaling_factor is None:
+            raise UserError(
+                f"--vae {name}: an AutoencoderTiny takes latents in a diffusion model's units, and {source} does not "
+                "say its VAE's scaling_factor: expected an AutoencoderKL, or 'scaling_factor' in its 'latents'"
+            )
+        return
     own = vae.config.get("scaling_factor")
     known = way.scaling_factor if way is not None else SD_SCALE if manifest.scale == SD_SCALE else None
     if own is not None and known is not None and abs(float(own) - known) > 1e-3 * known:

@@ -205,7 +205,8 @@ def configuration(found: Foreign, where: str, num_heads: int | None) -> Config:
     if side**2 != tokens:
         raise UserError(f"{where}: pos_embed has {tokens} tokens, expected a square")
     size = _SIZES.get((depth, width), "")
-    base = PRESETS.get(f"sit-{size}-{patch}-{'512' if side * patch == 64 else '256'}", Config())
+    latents = "f16d32" if (side * patch, channels) == (16, 32) else "512" if side * patch == 64 else "256"
+    base = PRESETS.get(f"sit-{size}-{patch}-{latents}", Config())
     model = ModelConfig(
         depth=depth, hidden_size=width, num_heads=heads, mlp_ratio=hidden / width, patch_size=patch,
         input_size=side * patch, in_channels=channels, num_classes=classes, qk_norm="blocks.0.attn.q_norm.weight" in t,

@@ -58,7 +58,9 @@ def import_weights(path: Path, out: Path, given: Given) -> list[str]:
     m = config.model
     said = f"{found.form}{f', its {raw.which} weights' if raw.which else ''}: {m.depth} blocks of width {m.hidden_size}"
     said += f", patch {m.patch_size}, {m.in_channels} x {m.input_size} x {m.input_size}, {m.num_classes} classes"
-    return [said, *found.notes, *_left(found, given)]
+    assumed = f"latents are taken for those of Stable Diffusion's VAE, times {_SCALE}; --scale, --kind say otherwise"
+    unknown = found.manifest is None and given.scale is None and manifest.kind != "pixels"
+    return [said, *found.notes, *([assumed] if unknown else []), *_left(found, given)]
 
 
 def _objective(config: Config, manifest: Manifest, found: Foreign, where: str) -> Objective:
