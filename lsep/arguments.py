@@ -105,13 +105,13 @@ def _flags(kind: type) -> dict[str, Any]:
     return found
 
 
-_WANTED = {int: "a whole number", float: "a number", Path: "a path", bool: "True or False", str: "a text"}
+_WANTED = {int: "a whole number", float: "a number", Path: "a path", bool: "True or False", str: "a value"}
 
 
 def _plain(text: str, kind: type, argv: Args) -> str:
     """A sentence of tyro's without its parser's words: the flag, what was found, what its type wants."""
     text = re.sub(r"[.,]? Expected 1 values", ", expected one", text)
-    required = re.findall(r"(--[a-z][a-z0-9.-]*) \S+ [^(]*\(required\)", text)
+    required = re.findall(r"(--[a-z][a-z0-9.-]*) \S+ .*?\(required\)", text)
     if text.startswith("Missing from") and required:
         return f"{required[0]} is missing, expected {_wanted(_flags(kind).get(required[0], str))}"
     choice = re.match(r"invalid choice (.*) for argument '(--[^']*)'", text)

@@ -218,7 +218,7 @@ def test_a_file_for_a_folder_is_a_sentence(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LSEP_LOG_LEVEL", raising=False)
+    monkeypatch.setenv("LSEP_LOG_LEVEL", "info")  # and so put back in the end
     assert voice.take_flags(["train", "x"]) == ["train", "x"] and voice.heard("info")
     assert voice.take_flags(["train", "--quiet", "x"]) == ["train", "x"]
     assert [voice.heard(level) for level in voice.LEVELS] == [False, True, True]

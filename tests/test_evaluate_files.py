@@ -474,7 +474,7 @@ def test_latents_go_to_extractors_of_latents_only(
     ("args", "message"),
     [
         ([], "expected SAMPLES first, then flags"),
-        (["a.npz"], "--reference is missing, expected a text"),
+        (["a.npz"], "--reference is missing, expected a value"),
         (["a.npz", "--reference", "a.npz", "--metrics", "fdi"], "invalid choice 'fdi' for argument '--metrics'"),
         (["a.npz", "--reference", "a.npz", "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
         (["a.npz", "--reference", "a.npz", "--bootstrap", "-1"], "--bootstrap is -1, expected at least 0"),

@@ -341,8 +341,8 @@ def test_more_parts_than_files_may_be_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num", "0"], "--sample.num is 0, expected at least 1"),
-        (["--cfg", "-1"], "--sample.cfg is -1.0, expected at least 0"),
+        (["--num", "0"], "--num is 0, expected at least 1"),
+        (["--cfg", "-1"], "--cfg is -1.0, expected at least 0"),
         (["--classes", "7"], "--classes holds 7, expected from 0 to 4"),
         (["--vae", "./none"], "--vae ./none: no such folder"),
         (["--cfg", "2", "--autoguidance", "none"], "none: not a run directory"),
