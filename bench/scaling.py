@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.section import Section, show
-from bench.step import COMPILE, again, facts, finish, rates
+from bench.step import COMPILE, again, facts, finish, floors, rates
 from bench.variants import configuration, interleaves, measure, with_data
 from lsep.checks import check
 from lsep.config import Config, override
@@ -125,12 +125,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         together = interleaves(configs.values(), device)
         before = rates(device)
         found, failed = measure(configs, steps, args.rounds, together)
-    matrix_rate = again(device, before)[1]
+    copy_rate, matrix_rate = again(device, before)
     rows = [
         {
             "axis": axis, "value": value, "TFLOP": found[name].flops / 1e12, "ms": found[name].median * 1e3,
             "images/s": found[name].config.train.batch_size / found[name].median,
-            "floor ms": found[name].flops / matrix_rate * 1e3,
+            "floor ms": sum(line["floor ms"] for line in floors(found[name], copy_rate, matrix_rate)),
             "of matrix rate": found[name].flops / found[name].median / matrix_rate,
         }
         for (axis, value), name in names.items() if name in found
