@@ -16,11 +16,13 @@ UNIT = 8
 class Decoder:
     """The decoder of `vae`, a folder or a hub id, for latents as the model sees them."""
 
-    def __init__(self, vae: str, manifest: Manifest, rounding: Rounding, device: torch.device) -> None:
+    def __init__(
+        self, vae: str, manifest: Manifest, rounding: Rounding, device: torch.device, whose: str = "the run's"
+    ) -> None:
         """Raises UserError where the VAE cannot be had or other latents than it decodes are here."""
         self.vae = load_vae(vae, decodes=True).float().to(device).eval().requires_grad_(False)
         self.manifest, self.rounding = manifest, rounding
-        require_decoder(self.vae, vae, manifest)
+        require_decoder(self.vae, vae, manifest, whose)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> np.ndarray:

@@ -287,3 +287,9 @@ def test_classes_without_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFix
     main([*arguments, "--classes", "0", "8"])
     assert "1 of 9 classes have no rows" in capsys.readouterr().err
     assert Run(run.path).manifest().unused[3] == (7, 8)
+
+
+def test_a_picture_that_cannot_be_written(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["data", "info", str(store), "--picture", str(tmp_path / "file/x.png")]) == 2
+    assert f"--picture {tmp_path}/file/x.png: cannot be written" in capsys.readouterr().err

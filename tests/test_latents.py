@@ -203,7 +203,7 @@ def test_a_decoder_of_another_space_is_refused(packed: Store, monkeypatch: pytes
 
     way = packed.manifest.latents
     assert way is not None
-    with pytest.raises(UserError, match="--vae other: its latents have 16 channels, expected the 4"):
+    with pytest.raises(UserError, match="--vae other: its latents have 16 channels, expected the run's 4"):
         opened(Vae(16))
     if way.scaling_factor is not None:
         with pytest.raises(UserError, match=r"its scaling_factor is 0\.13025, expected .* a VAE with 0\.18"):

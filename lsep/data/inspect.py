@@ -187,8 +187,11 @@ def picture(path: str, file: Path, vae: str | None = None, rows: int = 16) -> No
     else:
         from lsep.decode import Decoder
 
-        images = Decoder(vae, m, "nearest", torch.device("cpu")).decode(of_vae(x, m))
-    save_grid(images, file)
+        images = Decoder(vae, m, "nearest", torch.device("cpu"), "the store's").decode(of_vae(x, m))
+    try:
+        save_grid(images, file)
+    except OSError as error:
+        raise UserError(f"--picture {file}: cannot be written ({error.strerror or error})") from None
 
 
 def _centres(store: Source, ids: Ids) -> np.ndarray:

@@ -129,15 +129,15 @@ def in_model_units(z: "Tensor", manifest: "Manifest") -> "Tensor":
     return z * way.scaling_factor
 
 
-def require_decoder(vae: Any, name: str, manifest: "Manifest") -> None:
-    """Raise UserError where the VAE `name` cannot decode the latents of `manifest`, or nobody can tell."""
+def require_decoder(vae: Any, name: str, manifest: "Manifest", whose: str = "the run's") -> None:
+    """Raise UserError where the VAE `name` cannot decode the latents of `manifest`, or nobody can tell.
+
+    whose: `manifest`, in messages.
+    """
     source, way = manifest.source, manifest.latents
     channels = int(vae.config.latent_channels)
     if channels != manifest.shape[0]:
-        raise UserError(
-            f"--vae {name}: its latents have {channels} channels, expected the {manifest.shape[0]} of the latents that "
-            f"are decoded ({source})"
-        )
+        raise UserError(f"--vae {name}: its latents have {channels} channels, expected {whose} {manifest.shape[0]}")
     if way is None and (manifest.scale, manifest.shift) == (1, 0):
         raise UserError(
             f"--vae {name}: the description of {source}, an earlier version's or imported, does not say how its "

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from lsep.checks import check
 from lsep.config import Config
+from lsep.data.latents import raw
 from lsep.data.manifest import Kind, Manifest
 from lsep.errors import UserError
 from lsep.files import replacing
@@ -88,7 +89,8 @@ def _manifest(config: Config, found: Foreign, path: Path, given: Given) -> Manif
     if given.kind not in (None, manifest.kind):
         pixels = given.kind == "pixels"
         kind, scale, dtype = given.kind, 1.0 if pixels else _SCALE, "uint8" if pixels else "float32"
-        manifest = replace(manifest, kind=kind, scale=scale, shift=0.0, dtype=dtype)
+        way = None if pixels else raw(manifest.shape[0])
+        manifest = replace(manifest, kind=kind, scale=scale, shift=0.0, dtype=dtype, latents=way)
     if given.scale is None:
         return manifest
     if manifest.kind == "pixels":
