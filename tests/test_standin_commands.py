@@ -245,6 +245,7 @@ def test_data_is_encoded_and_a_training_aligned(
     aligned = train(latents, tmp_path / "store", *EAGER, "--align.depth", "1", "--align.projector-dim", "16")
     aligned += ["--probe.window-min", "2", "--train.batch-size", "10"]
     encoder = ["--align.encoder", str(dino), "--align.images", str(images), "--run-dir", str(tmp_path / "online")]
+    encoder += ["--data.loader", "torch"]  # DALI does not run on the stand-in
     cases = {
         "encode": ["lsep", "data", "encode", str(images), str(tmp_path / "moments"), "--vae", str(vae), "--size", "64"],
         "features": [

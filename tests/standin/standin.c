@@ -1049,7 +1049,7 @@ API cudaError_t cudaUserObjectRelease(cudaUserObject_t o, unsigned c) { return (
 /* ==================================================================================================================
  * Runtime: kernels that nvcc compiled into libraries. Registered by their host stub's address. */
 
-enum { NO_ANSWER, FILLS, ASKS_ALL, ASKS_ANY, COUNTS, CASTS };
+enum { NO_ANSWER, FILLS, ASKS_ALL, ASKS_ANY, COUNTS, CASTS, COMPUTES };
 typedef struct {
   const void *stub;
   const char *name; /* mangled at first, then what a reader knows */
@@ -1087,7 +1087,8 @@ static Function *function_of(const void *stub) {
   }
   return f;
 }
-/* Kernels of ATen whose results programs read back to decide something. */
+/* Kernels of ATen whose results programs read back to decide something. The results of others that are small become 0, so
+ * that nobody reads what a copy left there for another tensor. */
 static void find_answer(Function *f) {
   static const struct {
     const char *type;
@@ -1095,7 +1096,9 @@ static void find_answer(Function *f) {
   } types[] = {{"float>", 4}, {"double>", 8}, {"int>", 4}, {"long>", 8}, {"bool>", 1}, {"signed char>", 1}, {"unsigned char>", 1},
                {"short>", 2}, {"c10::BFloat16>", 2}, {"c10::Half>", 2}};
   const char *fill = strstr(f->name, "FillFunctor<");
-  if (fill && (strstr(f->name, "vectorized_elementwise_kernel") || strstr(f->name, "unrolled_elementwise_kernel")))
+  int elementwise = strstr(f->name, "vectorized_elementwise_kernel") || strstr(f->name, "unrolled_elementwise_kernel");
+  if (elementwise) f->answer = COMPUTES;
+  if (fill && elementwise)
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
       if (!strncmp(fill + 12, types[i].type, strlen(types[i].type))) f->answer = FILLS, f->element = types[i].size;
   if (strstr(f->name, "reduce_kernel<") && strstr(f->name, "and_kernel_cuda")) f->answer = ASKS_ALL;
@@ -1109,6 +1112,10 @@ static void give_answer(const Function *f, void **arguments) {
     uintptr_t at = *(uintptr_t *)arguments[2];
     if (n > copy_limit() || !in_space(at) || !allocated(at, n)) return;
     for (size_t i = 0; i < n; i += f->element) memcpy((char *)shadow_of((void *)at) + i, arguments[1], f->element);
+  } else if (f->answer == COMPUTES) { /* (int n, function, char *data[]), the result's first */
+    size_t n = (size_t)*(int *)arguments[0] * 8; /* the widest element: what lies behind may become 0 as well */
+    uintptr_t at = *(uintptr_t *)arguments[2];
+    if (n <= 1 << 15 && in_space(at) && allocated(at, n)) memset(shadow_of((void *)at), 0, n);
   } else if (f->answer == CASTS) { /* (int n, function, char *data[2]): one number to a bool, as any() of one does */
     uintptr_t *data = arguments[2];
     uint32_t value;
