@@ -10,7 +10,8 @@
  *   STANDIN_MEMORY=BYTES               memory of each device (default: the card's)
  *   STANDIN_DEVICES=N                  how many there are (default 1)
  *   STANDIN_COPY=BYTES                 copies and fills up to this size move bytes (default 1 MiB); larger ones with
- *                                      device memory are recorded only, so that large models need little host memory
+ *                                      device memory are recorded only, and what they would have written to the host
+ *                                      reads as zeros, so that large models need little host memory
  *   STANDIN_LOG=FILE                   a line an event, fields separated by tabs, each line begun with process, thread
  *                                      and device:
  *     launch number kind name grid block shared stream graph ms bytes flops label
@@ -741,6 +742,13 @@ static void check_end(const char *what, const void *p, size_t pitch, const Copy 
   else if (block_of(p) && !allocated((uintptr_t)p, n))
     complain("a copy %s past its allocation", what);
 }
+/* Host memory that a large copy would have filled reads as zeros: whole pages are dropped, so that they take no memory. */
+static void forget_host(void *p, size_t size) {
+  uintptr_t begin = (uintptr_t)p, end = begin + size, first = (begin + 4095) & ~(uintptr_t)4095, last = end & ~(uintptr_t)4095;
+  memset(p, 0, first - begin);
+  madvise((void *)first, last - first, MADV_DONTNEED);
+  memset((void *)last, 0, end - last);
+}
 static cudaError_t copy(Copy c, Stream *s, const char *call) {
   LOCKED;
   int to_device = in_space((uintptr_t)c.to), from_device = in_space((uintptr_t)c.from);
@@ -767,7 +775,11 @@ static cudaError_t copy(Copy c, Stream *s, const char *call) {
   cudaError_t error = submit((Work){"copy", name, ONE, ONE, 0, ms, (both ? 2.0 : 1.0) * (double)size, 0}, s);
   if (error) return error;
   if (!s->capture && (call || (pageable && !both))) say("sync\t%s %zu bytes %s", call ? call : "cudaMemcpyAsync", size, name);
-  if (s->capture || (size > copy_limit() && (to_device || from_device))) return cudaSuccess;
+  if (s->capture) return cudaSuccess;
+  if (size > copy_limit() && (to_device || from_device)) {
+    if (!to_device && c.rows == 1) forget_host(c.to, size);
+    return cudaSuccess;
+  }
   for (size_t r = 0; r < c.rows; r++)
     memmove((char *)shadow_of(c.to) + r * c.to_pitch, (char *)shadow_of(c.from) + r * c.from_pitch, c.width);
   return cudaSuccess;
