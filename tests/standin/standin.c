@@ -1137,12 +1137,12 @@ static void give_answer(const Function *f, void **arguments) {
   } else if (f->answer == COUNTS) { /* (input, int *result, ...) */
     uintptr_t at = *(uintptr_t *)arguments[1];
     if (in_space(at) && allocated(at, 4)) memset(shadow_of((void *)at), 0, 4);
-  } else { /* one structure, whose first two device pointers are the source's and the result's */
+  } else { /* one structure; in it source, result and a second result, which there is none of. Before them lie arrays
+              whose ends hold what the stack held. */
     const uintptr_t *word = arguments[0];
-    int found = 0;
     for (int i = 0; i < 256; i++)
-      if (in_space(word[i]) && block_of((void *)word[i]) && ++found == 2) {
-        *(char *)shadow_of((void *)word[i]) = f->answer == ASKS_ALL;
+      if (in_space(word[i]) && in_space(word[i + 1]) && !word[i + 2] && block_of((void *)word[i]) && block_of((void *)word[i + 1])) {
+        *(char *)shadow_of((void *)word[i + 1]) = f->answer == ASKS_ALL;
         return;
       }
   }
