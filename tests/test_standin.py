@@ -283,6 +283,10 @@ arguments = [pointer(gone), pointer(y.data_ptr()), ctypes.c_int(1000), pointer()
 pointers = (pointer * 5)(*[ctypes.cast(ctypes.byref(a), pointer) for a in arguments])
 one = [ctypes.c_uint(n) for n in (1, 1, 1, 128, 1, 1, 0)]
 ctypes.CDLL(None).cuLaunchKernel(pointer(compiled.function), *one, None, pointers, None)
+for size in (2, 80, 10240, 3000000):
+    values = torch.empty(size, device="cuda")
+    print(values.isfinite().all().item(), values.isnan().any().item(), len(values.nonzero()))
+print(torch.full((3,), 7.0, device="cuda").tolist(), torch.ones(2, device="cuda", dtype=torch.int64).tolist())
 graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 with torch.cuda.graph(graph):
     side.wait_stream(torch.cuda.current_stream())
@@ -338,6 +342,12 @@ def test_memory_that_is_short_or_gone(libraries: standin_run.Result) -> None:
     assert "CUDA out of memory" in libraries.stdout
     assert libraries.log.of("oom")
     assert libraries.log.violations == ["kernel double_kernel: argument 0 points to memory that is not allocated"]
+
+
+def test_what_is_asked_of_all_values_comes_out_well(libraries: standin_run.Result) -> None:
+    lines = libraries.stdout.splitlines()
+    assert lines[-5:-1] == ["True False 0"] * 4
+    assert lines[-1] == "[7.0, 7.0, 7.0] [1, 1]"
 
 
 def test_graphs_are_counted(libraries: standin_run.Result) -> None:

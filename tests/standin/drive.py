@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 
 def terminate(run: Path, count: int) -> None:
@@ -54,6 +55,21 @@ def spike(number: int) -> Iterator[None]:
         Spikes.seen = before  # type: ignore[method-assign]
 
 
+def believe_encoders() -> None:
+    """An encoder is refused where it gives other tokens each time; values that nobody computed cannot show it."""
+    import torch
+
+    from lsep.encoder import Encoder
+
+    before = Encoder._try
+
+    def believed(self: Encoder, where: str) -> int:
+        with mock.patch.object(torch.Tensor, "norm", lambda _: torch.zeros(())):
+            return before(self, where)
+
+    Encoder._try = believed  # type: ignore[method-assign]
+
+
 def call(command: list[str]) -> int | str:
     (name, _, number), arguments, inside = command[0].partition(":"), command[1:], ExitStack()
     if name == "terminate":
@@ -76,6 +92,7 @@ def call(command: list[str]) -> int | str:
 def main(cases: str, out: str) -> None:
     import torch
 
+    believe_encoders()
     codes = {}
     for name, command in json.loads(Path(cases).read_text()).items():
         ctypes.CDLL(None).standin_mark(name.encode())

@@ -3,21 +3,21 @@
  * A library in front of CUDA's (LD_PRELOAD; its soname is libcuda.so.1): runtime and driver, cuBLAS, cuBLASLt, cuDNN,
  * cuSOLVER and NCCL as far as torch and Triton call them. Device memory is an address range, kernels are recorded and
  * not executed, and streams, events and graph captures keep the rules that break real programs. Values are meaningless:
- * device memory reads as zeros except for what small copies and fills put there. What a program asks of all values comes
- * out well: all() is true, any() false, nonzero() finds none.
+ * device memory reads as zeros except for what small copies and fills put there. What a program asks of all values
+ * comes out well: all() is true, any() false, nonzero() finds none.
  *
  *   STANDIN_CARD=h100|h200|b200|a100   what the devices say they are (default h200)
  *   STANDIN_MEMORY=BYTES               memory of each device (default: the card's)
  *   STANDIN_DEVICES=N                  how many there are (default 1)
  *   STANDIN_COPY=BYTES                 copies and fills up to this size move bytes (default 1 MiB); larger ones with
- *                                      device memory are recorded only, so that large models need little host memory
+ *                                      device memory are recorded only, and what they would have written to the host
+ *                                      reads as zeros, so that large models need little host memory
  *   STANDIN_LOG=FILE                   a line an event, fields separated by tabs, each line begun with process, thread
  *                                      and device:
  *     launch number kind name grid block shared stream graph ms bytes flops label
- *                                      kind: kernel|triton|gemm|cudnn|solver|copy|memset|nccl|graph|host; graph: number of
- *                                      the capture it is recorded into, or 0; ms: assumed; label: of standin_begin, or -
- *     work number ms bytes flops       figures of an earlier launch, and the time they add to it
- *     malloc bytes total | free bytes total | oom bytes total
+ *                                      kind: kernel|triton|gemm|cudnn|solver|copy|memset|nccl|graph|host; graph: number
+ * of the capture it is recorded into, or 0; ms: assumed; label: of standin_begin, or - work number ms bytes flops
+ * figures of an earlier launch, and the time they add to it malloc bytes total | free bytes total | oom bytes total
  *     sync call                        the host waited for the device
  *     graph begin|end|free number [nodes ms]
  *     profiler start|stop
@@ -64,12 +64,9 @@ typedef struct {
 
 /* One lock guards everything below. It is recursive, so that a check may call another. */
 static pthread_mutex_t lock_ = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
-static void unlock(int *unused) {
-  (void)unused;
-  pthread_mutex_unlock(&lock_);
-}
+static void unlock(int *unused) { pthread_mutex_unlock(&lock_); }
 /* Holds the lock until the end of the enclosing block. */
-#define LOCKED                                         \
+#define LOCKED                                            \
   __attribute__((cleanup(unlock), unused)) int held_ = 0; \
   pthread_mutex_lock(&lock_)
 
@@ -142,8 +139,8 @@ static const Card cards[] = {
     {"h100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 81080, 232448, 233472, 50, 1980000, 2619000, 5120, 989, 1979, 67, 67,
      3.35e9},
     {"b200", "NVIDIA B200", 10, 0, 148, 182632, 232448, 233472, 126, 1965000, 3996000, 8192, 2250, 4500, 80, 40, 8e9},
-    {"a100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 81050, 166912, 167936, 40, 1410000, 1593000, 5120, 312, 312, 19.5, 19.5,
-     2.04e9},
+    {"a100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 81050, 166912, 167936, 40, 1410000, 1593000, 5120, 312, 312, 19.5,
+     19.5, 2.04e9},
 };
 
 static const Card *card(void) {
@@ -180,9 +177,9 @@ static size_t copy_limit(void) {
 static size_t context_size(void) { return MIN((size_t)512 << 20, memory_size() / 16); }
 
 /* ==================================================================================================================
- * Memory. Device addresses lie in a range without access rights: a host that follows a device pointer faults, as it does
- * with a GPU. What copies and fills leave there is kept at the same offset of a second range. Addresses of freed memory
- * are not given out again, so that a kernel that still points there is seen. */
+ * Memory. Device addresses lie in a range without access rights: a host that follows a device pointer faults, as it
+ * does with a GPU. What copies and fills leave there is kept at the same offset of a second range. Addresses of freed
+ * memory are not given out again, so that a kernel that still points there is seen. */
 
 enum { DEVICE_MEMORY, HOST_MEMORY, REGISTERED_MEMORY };
 typedef struct {
@@ -230,15 +227,14 @@ static Block *block_of(const void *p) {
   return i && (uintptr_t)p < blocks[i - 1].at + blocks[i - 1].size ? &blocks[i - 1] : NULL;
 }
 static void add_block(uintptr_t at, size_t size, int kind) {
-  if (block_count == block_room) blocks = realloc(blocks, (block_room = block_room ? 2 * block_room : 1024) * sizeof *blocks);
+  if (block_count == block_room)
+    blocks = realloc(blocks, (block_room = block_room ? 2 * block_room : 1024) * sizeof *blocks);
   size_t i = block_after(at);
   memmove(blocks + i + 1, blocks + i, (block_count - i) * sizeof *blocks);
   blocks[i] = (Block){at, size, kind, device, ++serials};
   block_count++;
 }
-static void drop_block(Block *b) {
-  memmove(b, b + 1, (size_t)(blocks + --block_count - b) * sizeof *b);
-}
+static void drop_block(Block *b) { memmove(b, b + 1, (size_t)(blocks + --block_count - b) * sizeof *b); }
 
 static uintptr_t take_addresses(size_t size, size_t alignment) {
   open_space();
@@ -372,7 +368,8 @@ static void note_use(Stream *s, const void *p) {
   if (!b || b->kind != DEVICE_MEMORY) return;
   for (size_t i = c->use_count; i-- > 0;)
     if (c->uses[i].serial == b->serial) return;
-  if (c->use_count == c->use_room) c->uses = realloc(c->uses, (c->use_room = c->use_room ? 2 * c->use_room : 64) * sizeof *c->uses);
+  if (c->use_count == c->use_room)
+    c->uses = realloc(c->uses, (c->use_room = c->use_room ? 2 * c->use_room : 64) * sizeof *c->uses);
   c->uses[c->use_count].at = b->at;
   c->uses[c->use_count++].serial = b->serial;
 }
@@ -446,23 +443,24 @@ static cudaError_t submit(Work w, Stream *s) {
     c->ms += w.ms;
   } else
     s->clock += w.ms;
-  say("launch\t%lu\t%s\t%s\t%u,%u,%u\t%u,%u,%u\t%zu\t%d\t%lu\t%.6f\t%.0f\t%.0f\t%s", launch_numbers, w.kind, w.name, w.grid.x,
-      w.grid.y, w.grid.z, w.block.x, w.block.y, w.block.z, w.shared, s->id, s->capture ? s->capture->id : 0, w.ms, w.bytes,
-      w.flops, f ? f->label : "-");
+  say("launch\t%lu\t%s\t%s\t%u,%u,%u\t%u,%u,%u\t%zu\t%d\t%lu\t%.6f\t%.0f\t%.0f\t%s", launch_numbers, w.kind, w.name,
+      w.grid.x, w.grid.y, w.grid.z, w.block.x, w.block.y, w.block.z, w.shared, s->id, s->capture ? s->capture->id : 0,
+      w.ms, w.bytes, w.flops, f ? f->label : "-");
   return cudaSuccess;
 }
 
 /* What no GPU takes: returns an error and says why. */
 static cudaError_t check_configuration(const char *name, dim3 g, dim3 b, size_t shared, int asked) {
-  const char *wrong = !g.x || !g.y || !g.z                            ? "an empty grid"
+  const char *wrong = !g.x || !g.y || !g.z                              ? "an empty grid"
                       : g.x > 2147483647u || g.y > 65535 || g.z > 65535 ? "a grid that is too large"
                       : !b.x || !b.y || !b.z                            ? "an empty block"
                       : (size_t)b.x * b.y * b.z > 1024 || b.z > 64      ? "a block that is too large"
                       : shared > (size_t)card()->shared_optin           ? "more shared memory than a block may have"
-                      : shared > 49152 && shared > (size_t)asked        ? "more than 48 KiB of shared memory, not asked for"
-                                                                        : NULL;
+                      : shared > 49152 && shared > (size_t)asked ? "more than 48 KiB of shared memory, not asked for"
+                                                                 : NULL;
   if (!wrong) return cudaSuccess;
-  complain("kernel %s has %s: grid %u,%u,%u block %u,%u,%u shared %zu", name, wrong, g.x, g.y, g.z, b.x, b.y, b.z, shared);
+  complain("kernel %s has %s: grid %u,%u,%u block %u,%u,%u shared %zu", name, wrong, g.x, g.y, g.z, b.x, b.y, b.z,
+           shared);
   return fail(cudaErrorInvalidConfiguration);
 }
 
@@ -479,8 +477,8 @@ API cudaError_t cudaSetDevice(int d) {
 API cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 API cudaError_t cudaDeviceReset(void) { return cudaSuccess; }
-API cudaError_t cudaSetDeviceFlags(unsigned f) { return (void)f, cudaSuccess; }
-API cudaError_t cudaInitDevice(int d, unsigned f, unsigned g) { return (void)f, (void)g, cudaSetDevice(d); }
+API cudaError_t cudaSetDeviceFlags(unsigned f) { return cudaSuccess; }
+API cudaError_t cudaInitDevice(int d, unsigned f, unsigned g) { return cudaSetDevice(d); }
 
 static int attribute(int which) {
   const Card *c = card();
@@ -524,7 +522,7 @@ static int attribute(int which) {
     default: return 0;
   }
 }
-API cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) { return (void)d, *v = attribute(a), cudaSuccess; }
+API cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) { return *v = attribute(a), cudaSuccess; }
 API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   if (d < 0 || d >= device_count()) return fail(cudaErrorInvalidDevice);
   const Card *c = card();
@@ -560,16 +558,18 @@ API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   p->streamPrioritiesSupported = p->memoryPoolsSupported = p->hostRegisterSupported = p->computePreemptionSupported = 1;
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceGetPCIBusId(char *s, int n, int d) { return snprintf(s, (size_t)n, "0000:%02x:00.0", d + 1), cudaSuccess; }
+API cudaError_t cudaDeviceGetPCIBusId(char *s, int n, int d) {
+  return snprintf(s, (size_t)n, "0000:%02x:00.0", d + 1), cudaSuccess;
+}
 API cudaError_t cudaDeviceGetStreamPriorityRange(int *low, int *high) {
   if (low) *low = 0;
   if (high) *high = -5;
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { return (void)a, (void)b, *can = 0, cudaSuccess; }
-API cudaError_t cudaDeviceEnablePeerAccess(int d, unsigned f) { return (void)d, (void)f, cudaSuccess; }
-API cudaError_t cudaDeviceGetLimit(size_t *n, enum cudaLimit l) { return (void)l, *n = 8 << 20, cudaSuccess; }
-API cudaError_t cudaDeviceSetLimit(enum cudaLimit l, size_t n) { return (void)l, (void)n, cudaSuccess; }
+API cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { return *can = 0, cudaSuccess; }
+API cudaError_t cudaDeviceEnablePeerAccess(int d, unsigned f) { return cudaSuccess; }
+API cudaError_t cudaDeviceGetLimit(size_t *n, enum cudaLimit l) { return *n = 8 << 20, cudaSuccess; }
+API cudaError_t cudaDeviceSetLimit(enum cudaLimit l, size_t n) { return cudaSuccess; }
 
 static cudaError_t wait(const char *call) {
   LOCKED;
@@ -599,7 +599,8 @@ static const struct {
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
-    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
     {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
      "operation failed due to a previous error during capture"},
     {cudaErrorStreamCaptureUnjoined, "cudaErrorStreamCaptureUnjoined",
@@ -608,7 +609,8 @@ static const struct {
      "dependency created on uncaptured work in another stream"},
     {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit",
      "operation would make the legacy stream depend on a capturing blocking stream"},
-    {cudaErrorCapturedEvent, "cudaErrorCapturedEvent", "operation not permitted on an event last recorded in a capturing stream"},
+    {cudaErrorCapturedEvent, "cudaErrorCapturedEvent",
+     "operation not permitted on an event last recorded in a capturing stream"},
 };
 static const char *error_text(cudaError_t error, int name) {
   for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
@@ -636,7 +638,7 @@ API cudaError_t cudaFree(void *p) {
   if (error || !p) return error;
   return release(p) ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
-API cudaError_t cudaMallocManaged(void **p, size_t n, unsigned f) { return (void)f, cudaMalloc(p, n); }
+API cudaError_t cudaMallocManaged(void **p, size_t n, unsigned f) { return cudaMalloc(p, n); }
 API cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
   LOCKED;
   *total = memory_size();
@@ -645,7 +647,6 @@ API cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
 }
 API cudaError_t cudaHostAlloc(void **p, size_t n, unsigned f) {
   LOCKED;
-  (void)f;
   cudaError_t error = forbidden("cudaHostAlloc");
   if (error) return error;
   return (*p = allocate_host(n)) ? cudaSuccess : fail(cudaErrorMemoryAllocation);
@@ -662,7 +663,6 @@ API cudaError_t cudaFreeHost(void *p) {
 }
 API cudaError_t cudaHostRegister(void *p, size_t n, unsigned f) {
   LOCKED;
-  (void)f;
   cudaError_t error = forbidden("cudaHostRegister");
   if (error) return error;
   if (block_of(p)) return fail(cudaErrorHostMemoryAlreadyRegistered);
@@ -676,7 +676,7 @@ API cudaError_t cudaHostUnregister(void *p) {
   drop_block(b);
   return cudaSuccess;
 }
-API cudaError_t cudaHostGetDevicePointer(void **d, void *p, unsigned f) { return (void)f, *d = p, cudaSuccess; }
+API cudaError_t cudaHostGetDevicePointer(void **d, void *p, unsigned f) { return *d = p, cudaSuccess; }
 API cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) {
   LOCKED;
   memset(a, 0, sizeof *a);
@@ -695,28 +695,36 @@ API cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t s) {
   if (*p) note_use(stream_of(s), *p);
   return *p ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
-API cudaError_t cudaMallocFromPoolAsync(void **p, size_t n, cudaMemPool_t m, cudaStream_t s) { return (void)m, cudaMallocAsync(p, n, s); }
+API cudaError_t cudaMallocFromPoolAsync(void **p, size_t n, cudaMemPool_t m, cudaStream_t s) {
+  return cudaMallocAsync(p, n, s);
+}
 API cudaError_t cudaFreeAsync(void *p, cudaStream_t s) {
   LOCKED;
-  (void)s;
   return !p || release(p) ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
-API cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *p, int d) { return *p = (cudaMemPool_t)(uintptr_t)(d + 1), cudaSuccess; }
+API cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *p, int d) {
+  return *p = (cudaMemPool_t)(uintptr_t)(d + 1), cudaSuccess;
+}
 API cudaError_t cudaDeviceGetMemPool(cudaMemPool_t *p, int d) { return cudaDeviceGetDefaultMemPool(p, d); }
-API cudaError_t cudaDeviceSetMemPool(int d, cudaMemPool_t p) { return (void)d, (void)p, cudaSuccess; }
-API cudaError_t cudaMemPoolCreate(cudaMemPool_t *p, const struct cudaMemPoolProps *q) { return (void)q, cudaDeviceGetDefaultMemPool(p, device); }
-API cudaError_t cudaMemPoolDestroy(cudaMemPool_t p) { return (void)p, cudaSuccess; }
-API cudaError_t cudaMemPoolTrimTo(cudaMemPool_t p, size_t n) { return (void)p, (void)n, cudaSuccess; }
-API cudaError_t cudaMemPoolSetAccess(cudaMemPool_t p, const struct cudaMemAccessDesc *d, size_t n) { return (void)p, (void)d, (void)n, cudaSuccess; }
-API cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t p, enum cudaMemPoolAttr a, void *v) { return (void)p, (void)a, (void)v, cudaSuccess; }
+API cudaError_t cudaDeviceSetMemPool(int d, cudaMemPool_t p) { return cudaSuccess; }
+API cudaError_t cudaMemPoolCreate(cudaMemPool_t *p, const struct cudaMemPoolProps *q) {
+  return cudaDeviceGetDefaultMemPool(p, device);
+}
+API cudaError_t cudaMemPoolDestroy(cudaMemPool_t p) { return cudaSuccess; }
+API cudaError_t cudaMemPoolTrimTo(cudaMemPool_t p, size_t n) { return cudaSuccess; }
+API cudaError_t cudaMemPoolSetAccess(cudaMemPool_t p, const struct cudaMemAccessDesc *d, size_t n) {
+  return cudaSuccess;
+}
+API cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t p, enum cudaMemPoolAttr a, void *v) { return cudaSuccess; }
 API cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t p, enum cudaMemPoolAttr a, void *v) {
   LOCKED;
-  (void)a;
   *(uint64_t *)v = used[((uintptr_t)p - 1) % MAX_DEVICES];
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceGetGraphMemAttribute(int d, enum cudaGraphMemAttributeType a, void *v) { return (void)d, (void)a, *(uint64_t *)v = 0, cudaSuccess; }
-API cudaError_t cudaDeviceSetGraphMemAttribute(int d, enum cudaGraphMemAttributeType a, void *v) { return (void)d, (void)a, (void)v, cudaSuccess; }
+API cudaError_t cudaDeviceGetGraphMemAttribute(int d, enum cudaGraphMemAttributeType a, void *v) {
+  return *(uint64_t *)v = 0, cudaSuccess;
+}
+API cudaError_t cudaDeviceSetGraphMemAttribute(int d, enum cudaGraphMemAttributeType a, void *v) { return cudaSuccess; }
 
 /* Copies. `rows` of `width` bytes, pitches apart. */
 typedef struct {
@@ -741,6 +749,15 @@ static void check_end(const char *what, const void *p, size_t pitch, const Copy 
   else if (block_of(p) && !allocated((uintptr_t)p, n))
     complain("a copy %s past its allocation", what);
 }
+/* Host memory that a large copy would have filled reads as zeros: whole pages are dropped, so that they take no memory.
+ */
+static void forget_host(void *p, size_t size) {
+  uintptr_t begin = (uintptr_t)p, end = begin + size, first = (begin + 4095) & ~(uintptr_t)4095,
+            last = end & ~(uintptr_t)4095;
+  memset(p, 0, first - begin);
+  madvise((void *)first, last - first, MADV_DONTNEED);
+  memset((void *)last, 0, end - last);
+}
 static cudaError_t copy(Copy c, Stream *s, const char *call) {
   LOCKED;
   int to_device = in_space((uintptr_t)c.to), from_device = in_space((uintptr_t)c.from);
@@ -759,25 +776,37 @@ static cudaError_t copy(Copy c, Stream *s, const char *call) {
     return fail(cudaErrorStreamCaptureUnsupported);
   }
   char name[64];
-  snprintf(name, sizeof name, "%s->%s%s", from_device ? "device" : "host", to_device ? "device" : "host", pageable ? " pageable" : "");
+  snprintf(name, sizeof name, "%s->%s%s", from_device ? "device" : "host", to_device ? "device" : "host",
+           pageable ? " pageable" : "");
   int both = to_device && from_device;
   double ms = 1e-3 + (both ? 2.0 * (double)size / (0.85 * card()->bandwidth) : (double)size / 5e7);
   note_use(s, c.to);
   note_use(s, c.from);
   cudaError_t error = submit((Work){"copy", name, ONE, ONE, 0, ms, (both ? 2.0 : 1.0) * (double)size, 0}, s);
   if (error) return error;
-  if (!s->capture && (call || (pageable && !both))) say("sync\t%s %zu bytes %s", call ? call : "cudaMemcpyAsync", size, name);
-  if (s->capture || (size > copy_limit() && (to_device || from_device))) return cudaSuccess;
+  if (!s->capture && (call || (pageable && !both)))
+    say("sync\t%s %zu bytes %s", call ? call : "cudaMemcpyAsync", size, name);
+  if (s->capture) return cudaSuccess;
+  if (size > copy_limit() && (to_device || from_device)) {
+    if (!to_device && c.rows == 1) forget_host(c.to, size);
+    return cudaSuccess;
+  }
   for (size_t r = 0; r < c.rows; r++)
     memmove((char *)shadow_of(c.to) + r * c.to_pitch, (char *)shadow_of(c.from) + r * c.from_pitch, c.width);
   return cudaSuccess;
 }
 #define LINE(d, s, n) ((Copy){d, s, n, n, n, 1})
-API cudaError_t cudaMemcpy(void *d, const void *s, size_t n, enum cudaMemcpyKind k) { return (void)k, copy(LINE(d, s, n), &legacy, "cudaMemcpy"); }
-API cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, enum cudaMemcpyKind k, cudaStream_t t) { return (void)k, copy(LINE(d, s, n), stream_of(t), NULL); }
-API cudaError_t cudaMemcpyPeerAsync(void *d, int to, const void *s, int from, size_t n, cudaStream_t t) { return (void)to, (void)from, copy(LINE(d, s, n), stream_of(t), NULL); }
-API cudaError_t cudaMemcpy2DAsync(void *d, size_t dp, const void *s, size_t sp, size_t w, size_t h, enum cudaMemcpyKind k, cudaStream_t t) {
-  (void)k;
+API cudaError_t cudaMemcpy(void *d, const void *s, size_t n, enum cudaMemcpyKind k) {
+  return copy(LINE(d, s, n), &legacy, "cudaMemcpy");
+}
+API cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, enum cudaMemcpyKind k, cudaStream_t t) {
+  return copy(LINE(d, s, n), stream_of(t), NULL);
+}
+API cudaError_t cudaMemcpyPeerAsync(void *d, int to, const void *s, int from, size_t n, cudaStream_t t) {
+  return copy(LINE(d, s, n), stream_of(t), NULL);
+}
+API cudaError_t cudaMemcpy2DAsync(void *d, size_t dp, const void *s, size_t sp, size_t w, size_t h,
+                                  enum cudaMemcpyKind k, cudaStream_t t) {
   return copy((Copy){d, s, dp, sp, w, h}, stream_of(t), NULL);
 }
 
@@ -830,7 +859,9 @@ API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 API cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) { return *p = stream_of(s)->priority, cudaSuccess; }
 API cudaError_t cudaStreamGetFlags(cudaStream_t s, unsigned *f) { return *f = stream_of(s)->flags, cudaSuccess; }
 API cudaError_t cudaStreamGetDevice(cudaStream_t s, int *d) { return *d = stream_of(s)->device, cudaSuccess; }
-API cudaError_t cudaStreamGetId(cudaStream_t s, unsigned long long *id) { return *id = (unsigned long long)stream_of(s)->id, cudaSuccess; }
+API cudaError_t cudaStreamGetId(cudaStream_t s, unsigned long long *id) {
+  return *id = (unsigned long long)stream_of(s)->id, cudaSuccess;
+}
 
 static cudaError_t refuse_in_capture(Stream *s, const char *call) {
   complain("%s of a stream that captures", call);
@@ -849,7 +880,6 @@ API cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 /* Work is over as soon as it is submitted, so functions for its end are called at once; captured ones are not. */
 API cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void *data, unsigned flags) {
-  (void)flags;
   if (stream_of(s)->capture) return refuse_in_capture(stream_of(s), "cudaStreamAddCallback");
   f(s, cudaSuccess, data);
   return cudaSuccess;
@@ -870,7 +900,6 @@ API cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlag
 API cudaError_t cudaEventDestroy(cudaEvent_t e) { return free(e), cudaSuccess; }
 API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
   LOCKED;
-  (void)flags;
   Event *e = (Event *)event;
   Stream *s = stream_of(stream);
   e->recorded = 1;
@@ -898,13 +927,13 @@ API cudaError_t cudaEventSynchronize(cudaEvent_t e) {
 API cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
   LOCKED;
   Event *x = (Event *)a, *y = (Event *)b;
-  if ((x->flags | y->flags) & cudaEventDisableTiming || !x->recorded || !y->recorded) return fail(cudaErrorInvalidResourceHandle);
+  if ((x->flags | y->flags) & cudaEventDisableTiming || !x->recorded || !y->recorded)
+    return fail(cudaErrorInvalidResourceHandle);
   *ms = (float)MAX(y->at - x->at, 1e-3); /* a program may divide by it */
   return cudaSuccess;
 }
 API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   LOCKED;
-  (void)flags;
   Stream *s = stream_of(stream);
   Event *e = (Event *)event;
   if (!e->recorded) return cudaSuccess;
@@ -961,7 +990,8 @@ API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
   Capture *c = s->capture;
   *out = NULL;
   if (!c || s != c->origin) return fail(c ? cudaErrorStreamCaptureUnmatched : cudaErrorIllegalState);
-  if (c->mode != cudaStreamCaptureModeRelaxed && !pthread_equal(c->thread, pthread_self())) return fail(cudaErrorStreamCaptureWrongThread);
+  if (c->mode != cudaStreamCaptureModeRelaxed && !pthread_equal(c->thread, pthread_self()))
+    return fail(cudaErrorStreamCaptureWrongThread);
   int unjoined = 0;
   for (int i = 0; i < c->slots; i++) unjoined |= s->seen[i] < c->last[i];
   for (Stream *t = streams; t; t = t->next)
@@ -984,11 +1014,14 @@ API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
 API cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
   LOCKED;
   Capture *c = stream_of(s)->capture;
-  *status = !c ? cudaStreamCaptureStatusNone : c->broken ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+  *status = !c          ? cudaStreamCaptureStatusNone
+            : c->broken ? cudaStreamCaptureStatusInvalidated
+                        : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
-API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
-                                         const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *n) {
+API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                         cudaGraph_t *graph, const cudaGraphNode_t **nodes,
+                                         const cudaGraphEdgeData **edges, size_t *n) {
   LOCKED;
   Capture *c = stream_of(s)->capture;
   if (status) cudaStreamIsCapturing(s, status);
@@ -1005,18 +1038,20 @@ API cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *
   *mode = before;
   return cudaSuccess;
 }
-API cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t s, cudaGraphNode_t *d, const cudaGraphEdgeData *e, size_t n, unsigned f) {
-  return (void)s, (void)d, (void)e, (void)n, (void)f, cudaSuccess;
+API cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t s, cudaGraphNode_t *d, const cudaGraphEdgeData *e,
+                                                    size_t n, unsigned f) {
+  return cudaSuccess;
 }
 API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *x, cudaGraph_t g, unsigned long long f) {
-  (void)f;
   Graph *copied = calloc(1, sizeof *copied);
   *copied = *(Graph *)g;
   *x = (cudaGraphExec_t)copied;
   return cudaSuccess;
 }
-API cudaError_t cudaGraphInstantiate(cudaGraphExec_t *x, cudaGraph_t g, unsigned long long f) { return cudaGraphInstantiateWithFlags(x, g, f); }
-API cudaError_t cudaGraphUpload(cudaGraphExec_t x, cudaStream_t s) { return (void)x, (void)s, cudaSuccess; }
+API cudaError_t cudaGraphInstantiate(cudaGraphExec_t *x, cudaGraph_t g, unsigned long long f) {
+  return cudaGraphInstantiateWithFlags(x, g, f);
+}
+API cudaError_t cudaGraphUpload(cudaGraphExec_t x, cudaStream_t s) { return cudaSuccess; }
 API cudaError_t cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t s) {
   LOCKED;
   Capture *c = ((Graph *)x)->capture;
@@ -1041,15 +1076,22 @@ API cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t *nodes, size_t 
   if (nodes) memset(nodes, 0, MIN(*n, have) * sizeof *nodes);
   return *n = have, cudaSuccess;
 }
-API cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t *d, cudaGraphEdgeData *e, size_t *n) { return (void)node, (void)d, (void)e, *n = 0, cudaSuccess; }
-API cudaError_t cudaGraphRetainUserObject(cudaGraph_t g, cudaUserObject_t o, unsigned c, unsigned f) { return (void)g, (void)o, (void)c, (void)f, cudaSuccess; }
-API cudaError_t cudaUserObjectCreate(cudaUserObject_t *o, void *p, cudaHostFn_t d, unsigned r, unsigned f) { return (void)d, (void)r, (void)f, *o = (cudaUserObject_t)p, cudaSuccess; }
-API cudaError_t cudaUserObjectRelease(cudaUserObject_t o, unsigned c) { return (void)o, (void)c, cudaSuccess; }
+API cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t *d, cudaGraphEdgeData *e,
+                                             size_t *n) {
+  return *n = 0, cudaSuccess;
+}
+API cudaError_t cudaGraphRetainUserObject(cudaGraph_t g, cudaUserObject_t o, unsigned c, unsigned f) {
+  return cudaSuccess;
+}
+API cudaError_t cudaUserObjectCreate(cudaUserObject_t *o, void *p, cudaHostFn_t d, unsigned r, unsigned f) {
+  return *o = (cudaUserObject_t)p, cudaSuccess;
+}
+API cudaError_t cudaUserObjectRelease(cudaUserObject_t o, unsigned c) { return cudaSuccess; }
 
 /* ==================================================================================================================
  * Runtime: kernels that nvcc compiled into libraries. Registered by their host stub's address. */
 
-enum { NO_ANSWER, FILLS, ASKS_ALL, ASKS_ANY, COUNTS, CASTS };
+enum { NO_ANSWER, FILLS, ASKS_ALL, ASKS_ANY, COUNTS, CASTS, COMPUTES };
 typedef struct {
   const void *stub;
   const char *name; /* mangled at first, then what a reader knows */
@@ -1087,20 +1129,25 @@ static Function *function_of(const void *stub) {
   }
   return f;
 }
-/* Kernels of ATen whose results programs read back to decide something. */
+/* Kernels of ATen whose results programs read back to decide something. The results of others that are small become 0,
+ * so that nobody reads what a copy left there for another tensor. */
 static void find_answer(Function *f) {
   static const struct {
     const char *type;
     size_t size;
-  } types[] = {{"float>", 4}, {"double>", 8}, {"int>", 4}, {"long>", 8}, {"bool>", 1}, {"signed char>", 1}, {"unsigned char>", 1},
-               {"short>", 2}, {"c10::BFloat16>", 2}, {"c10::Half>", 2}};
+  } types[] = {{"float>", 4},       {"double>", 8},        {"int>", 4},   {"long>", 8},          {"bool>", 1},
+               {"signed char>", 1}, {"unsigned char>", 1}, {"short>", 2}, {"c10::BFloat16>", 2}, {"c10::Half>", 2}};
   const char *fill = strstr(f->name, "FillFunctor<");
-  if (fill && (strstr(f->name, "vectorized_elementwise_kernel") || strstr(f->name, "unrolled_elementwise_kernel")))
+  int elementwise = strstr(f->name, "vectorized_elementwise_kernel") || strstr(f->name, "unrolled_elementwise_kernel");
+  if (elementwise) f->answer = COMPUTES;
+  if (fill && elementwise)
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
       if (!strncmp(fill + 12, types[i].type, strlen(types[i].type))) f->answer = FILLS, f->element = types[i].size;
   if (strstr(f->name, "reduce_kernel<") && strstr(f->name, "and_kernel_cuda")) f->answer = ASKS_ALL;
   if (strstr(f->name, "reduce_kernel<") && strstr(f->name, "or_kernel_cuda")) f->answer = ASKS_ANY;
-  if (strstr(f->name, "unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda") && strstr(f->name, "{lambda(bool)")) f->answer = CASTS;
+  if (strstr(f->name, "unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda") &&
+      strstr(f->name, "{lambda(bool)"))
+    f->answer = CASTS;
   if (strstr(f->name, "cub::") && strstr(f->name, "DeviceReduceSingleTileKernel")) f->answer = COUNTS;
 }
 static void give_answer(const Function *f, void **arguments) {
@@ -1109,21 +1156,28 @@ static void give_answer(const Function *f, void **arguments) {
     uintptr_t at = *(uintptr_t *)arguments[2];
     if (n > copy_limit() || !in_space(at) || !allocated(at, n)) return;
     for (size_t i = 0; i < n; i += f->element) memcpy((char *)shadow_of((void *)at) + i, arguments[1], f->element);
+  } else if (f->answer == COMPUTES) {            /* (int n, function, char *data[]), the result's first */
+    size_t n = (size_t)*(int *)arguments[0] * 8; /* the widest element: what lies behind may become 0 as well */
+    uintptr_t at = *(uintptr_t *)arguments[2];
+    if (n <= 1 << 15 && in_space(at) && allocated(at, n)) memset(shadow_of((void *)at), 0, n);
   } else if (f->answer == CASTS) { /* (int n, function, char *data[2]): one number to a bool, as any() of one does */
     uintptr_t *data = arguments[2];
     uint32_t value;
-    if (*(int *)arguments[0] != 1 || !in_space(data[0]) || !in_space(data[1]) || !allocated(data[0], 1) || !allocated(data[1], 4)) return;
+    if (*(int *)arguments[0] != 1 || !in_space(data[0]) || !in_space(data[1]) || !allocated(data[0], 1) ||
+        !allocated(data[1], 4))
+      return;
     memcpy(&value, shadow_of((void *)data[1]), 4);
     *(char *)shadow_of((void *)data[0]) = value != 0;
   } else if (f->answer == COUNTS) { /* (input, int *result, ...) */
     uintptr_t at = *(uintptr_t *)arguments[1];
     if (in_space(at) && allocated(at, 4)) memset(shadow_of((void *)at), 0, 4);
-  } else { /* one structure, whose first two device pointers are the source's and the result's */
+  } else { /* one structure; in it source, result and a second result, which there is none of. Before them lie arrays
+              whose ends hold what the stack held. */
     const uintptr_t *word = arguments[0];
-    int found = 0;
     for (int i = 0; i < 256; i++)
-      if (in_space(word[i]) && block_of((void *)word[i]) && ++found == 2) {
-        *(char *)shadow_of((void *)word[i]) = f->answer == ASKS_ALL;
+      if (in_space(word[i]) && in_space(word[i + 1]) && !word[i + 2] && block_of((void *)word[i]) &&
+          block_of((void *)word[i + 1])) {
+        *(char *)shadow_of((void *)word[i + 1]) = f->answer == ASKS_ALL;
         return;
       }
   }
@@ -1147,16 +1201,15 @@ static const char *function_name(Function *f) {
   return f->name;
 }
 API void **__cudaRegisterFatBinary(void *image) {
-  (void)image;
   static void *handle[1];
   return handle;
 }
-API void __cudaRegisterFatBinaryEnd(void **h) { (void)h; }
-API void __cudaUnregisterFatBinary(void **h) { (void)h; }
-API char __cudaInitModule(void **h) { return (void)h, 1; }
-API void __cudaRegisterFunction(void **h, const char *stub, char *dev, const char *name, int threads, void *t, void *b, void *bd, void *gd, int *w) {
+API void __cudaRegisterFatBinaryEnd(void **h) {}
+API void __cudaUnregisterFatBinary(void **h) {}
+API char __cudaInitModule(void **h) { return 1; }
+API void __cudaRegisterFunction(void **h, const char *stub, char *dev, const char *name, int threads, void *t, void *b,
+                                void *bd, void *gd, int *w) {
   LOCKED;
-  (void)h, (void)dev, (void)threads, (void)t, (void)b, (void)bd, (void)gd, (void)w;
   Function *f = function_of(stub);
   f->name = name;
   f->demangled = 0;
@@ -1170,12 +1223,15 @@ typedef struct {
 } Variable;
 static Variable variables[4096];
 static size_t variable_count;
-API void __cudaRegisterVar(void **h, char *symbol, char *dev, const char *name, int e, size_t size, int constant, int global) {
+API void __cudaRegisterVar(void **h, char *symbol, char *dev, const char *name, int e, size_t size, int constant,
+                           int global) {
   LOCKED;
-  (void)h, (void)dev, (void)name, (void)e, (void)constant, (void)global;
   if (variable_count < 4096) variables[variable_count++] = (Variable){symbol, size, NULL};
 }
-API void __cudaRegisterManagedVar(void **h, void **symbol, char *dev, const char *name, int e, size_t size, int constant, int global) { __cudaRegisterVar(h, (char *)symbol, dev, name, e, size, constant, global); }
+API void __cudaRegisterManagedVar(void **h, void **symbol, char *dev, const char *name, int e, size_t size,
+                                  int constant, int global) {
+  __cudaRegisterVar(h, (char *)symbol, dev, name, e, size, constant, global);
+}
 API cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) {
   LOCKED;
   for (size_t i = 0; i < variable_count; i++) {
@@ -1220,11 +1276,19 @@ static cudaError_t launch(const void *stub, dim3 g, dim3 b, void **arguments, si
   if (f->answer && arguments && !stream_of(s)->capture) give_answer(f, arguments);
   return submit((Work){"kernel", name, g, b, shared, 0, 0, 0}, stream_of(s));
 }
-API cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t m, cudaStream_t s) { return launch(f, g, b, a, m, s); }
-API cudaError_t cudaLaunchCooperativeKernel(const void *f, dim3 g, dim3 b, void **a, size_t m, cudaStream_t s) { return launch(f, g, b, a, m, s); }
-API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *f, void **a) { return launch(f, c->gridDim, c->blockDim, a, c->dynamicSmemBytes, c->stream); }
+API cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t m, cudaStream_t s) {
+  return launch(f, g, b, a, m, s);
+}
+API cudaError_t cudaLaunchCooperativeKernel(const void *f, dim3 g, dim3 b, void **a, size_t m, cudaStream_t s) {
+  return launch(f, g, b, a, m, s);
+}
+API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *f, void **a) {
+  return launch(f, c->gridDim, c->blockDim, a, c->dynamicSmemBytes, c->stream);
+}
 API cudaError_t __cudaGetKernel(cudaKernel_t *k, const void *f) { return *k = (cudaKernel_t)f, cudaSuccess; }
-API cudaError_t __cudaLaunchKernel(cudaKernel_t k, dim3 g, dim3 b, void **a, size_t m, cudaStream_t s) { return launch((const void *)k, g, b, a, m, s); }
+API cudaError_t __cudaLaunchKernel(cudaKernel_t k, dim3 g, dim3 b, void **a, size_t m, cudaStream_t s) {
+  return launch((const void *)k, g, b, a, m, s);
+}
 API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
   LOCKED;
   memset(a, 0, sizeof *a);
@@ -1238,14 +1302,17 @@ API cudaError_t cudaFuncSetAttribute(const void *f, enum cudaFuncAttribute a, in
   LOCKED;
   if (a != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (v > card()->shared_optin) {
-    complain("kernel %s asks for %d bytes of shared memory, a block may have %d", function_name(function_of(f)), v, card()->shared_optin);
+    complain("kernel %s asks for %d bytes of shared memory, a block may have %d", function_name(function_of(f)), v,
+             card()->shared_optin);
     return fail(cudaErrorInvalidValue);
   }
   function_of(f)->dynamic = v;
   return cudaSuccess;
 }
-API cudaError_t cudaFuncSetCacheConfig(const void *f, enum cudaFuncCache c) { return (void)f, (void)c, cudaSuccess; }
-API cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t k, enum cudaFuncAttribute a, int v, int d) { return (void)d, cudaFuncSetAttribute((const void *)k, a, v); }
+API cudaError_t cudaFuncSetCacheConfig(const void *f, enum cudaFuncCache c) { return cudaSuccess; }
+API cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t k, enum cudaFuncAttribute a, int v, int d) {
+  return cudaFuncSetAttribute((const void *)k, a, v);
+}
 
 /* By threads and shared memory; the registers of these kernels are not known. */
 static int resident_blocks(int threads, size_t shared) {
@@ -1253,23 +1320,31 @@ static int resident_blocks(int threads, size_t shared) {
   if (shared) n = MIN(n, card()->shared_processor / ((int)shared + 1024));
   return MIN(n, 32);
 }
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *f, int b, size_t m) { return (void)f, *n = resident_blocks(b, m), cudaSuccess; }
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int b, size_t m, unsigned fl) { return (void)f, (void)fl, *n = resident_blocks(b, m), cudaSuccess; }
-
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *f, int b, size_t m) {
+  return *n = resident_blocks(b, m), cudaSuccess;
+}
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int b, size_t m,
+                                                                       unsigned fl) {
+  return *n = resident_blocks(b, m), cudaSuccess;
+}
 
 /* ==================================================================================================================
  * Driver: devices and contexts */
 
-API CUresult cuInit(unsigned f) { return (void)f, CUDA_SUCCESS; }
+API CUresult cuInit(unsigned f) { return CUDA_SUCCESS; }
 API CUresult cuDriverGetVersion(int *v) { return *v = CUDART_VERSION, CUDA_SUCCESS; }
 API CUresult cuDeviceGetCount(int *n) { return *n = device_count(), CUDA_SUCCESS; }
 API CUresult cuDeviceGet(CUdevice *d, int n) {
   if (n < 0 || n >= device_count()) return CUDA_ERROR_INVALID_DEVICE;
   return *d = n, CUDA_SUCCESS;
 }
-API CUresult cuDeviceGetName(char *s, int n, CUdevice d) { return (void)d, snprintf(s, (size_t)n, "%s", card()->name), CUDA_SUCCESS; }
-API CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) { return (void)d, *v = attribute((int)a), CUDA_SUCCESS; }
-API CUresult cuDeviceTotalMem(size_t *n, CUdevice d) { return (void)d, *n = memory_size(), CUDA_SUCCESS; }
+API CUresult cuDeviceGetName(char *s, int n, CUdevice d) {
+  return snprintf(s, (size_t)n, "%s", card()->name), CUDA_SUCCESS;
+}
+API CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
+  return *v = attribute((int)a), CUDA_SUCCESS;
+}
+API CUresult cuDeviceTotalMem(size_t *n, CUdevice d) { return *n = memory_size(), CUDA_SUCCESS; }
 API CUresult cuDeviceGetUuid(CUuuid *u, CUdevice d) { return memset(u, d + 1, sizeof *u), CUDA_SUCCESS; }
 /* One context a device: its address tells which. */
 static char contexts[MAX_DEVICES];
@@ -1281,12 +1356,16 @@ API CUresult cuCtxSetCurrent(CUcontext c) {
 API CUresult cuCtxPushCurrent(CUcontext c) { return cuCtxSetCurrent(c); }
 API CUresult cuCtxPopCurrent(CUcontext *c) { return c ? cuCtxGetCurrent(c) : CUDA_SUCCESS; }
 API CUresult cuCtxGetDevice(CUdevice *d) { return *d = device, CUDA_SUCCESS; }
-API CUresult cuCtxGetLimit(size_t *n, CUlimit l) { return (void)l, *n = 8 << 20, CUDA_SUCCESS; }
-API CUresult cuCtxSetLimit(CUlimit l, size_t n) { return (void)l, (void)n, CUDA_SUCCESS; }
-API CUresult cuCtxSynchronize(void) { return wait("cuCtxSynchronize") ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS; }
+API CUresult cuCtxGetLimit(size_t *n, CUlimit l) { return *n = 8 << 20, CUDA_SUCCESS; }
+API CUresult cuCtxSetLimit(CUlimit l, size_t n) { return CUDA_SUCCESS; }
+API CUresult cuCtxSynchronize(void) {
+  return wait("cuCtxSynchronize") ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
+}
 API CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return *c = (CUcontext)&contexts[d], CUDA_SUCCESS; }
-API CUresult cuDevicePrimaryCtxRelease(CUdevice d) { return (void)d, CUDA_SUCCESS; }
-API CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *f, int *active) { return (void)d, *f = 0, *active = 1, CUDA_SUCCESS; }
+API CUresult cuDevicePrimaryCtxRelease(CUdevice d) { return CUDA_SUCCESS; }
+API CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *f, int *active) {
+  return *f = 0, *active = 1, CUDA_SUCCESS;
+}
 static const struct {
   CUresult code;
   const char *name, *text;
@@ -1295,9 +1374,11 @@ static const struct {
     {CUDA_ERROR_INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
     {CUDA_ERROR_OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {CUDA_ERROR_INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
-    {CUDA_ERROR_NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {CUDA_ERROR_NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU",
+     "no kernel image is available for execution on the device"},
     {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
-    {CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
+    {CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+     "operation not permitted when stream is capturing"},
     {CUDA_ERROR_NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
 };
 static CUresult driver_error_text(CUresult code, const char **out, int name) {
@@ -1320,18 +1401,17 @@ static void *entry_point(const char *name) {
   return NULL;
 }
 API CUresult cuGetProcAddress(const char *name, void **f, int v, cuuint64_t flags, CUdriverProcAddressQueryResult *r) {
-  (void)v, (void)flags;
   *f = entry_point(name);
   if (r) *r = *f ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
   return *f ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
-API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned v, unsigned long long flags, enum cudaDriverEntryPointQueryResult *r) {
-  (void)v, (void)flags;
+API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned v, unsigned long long flags,
+                                                 enum cudaDriverEntryPointQueryResult *r) {
   *f = entry_point(name);
   if (r) *r = *f ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
-API CUresult cuGetExportTable(const void **t, const CUuuid *id) { return (void)id, *t = NULL, CUDA_ERROR_NOT_FOUND; }
+API CUresult cuGetExportTable(const void **t, const CUuuid *id) { return *t = NULL, CUDA_ERROR_NOT_FOUND; }
 
 /* ==================================================================================================================
  * Driver: modules and kernels (Triton's). The cubin is read, so that registers, stack and the check of pointers are
@@ -1362,9 +1442,11 @@ static Kernel *kernel_in(Module *m, const char *name, int make) {
   return m->kernels = k;
 }
 
-/* Attributes of .nv.info: format, code, then two bytes that are the value or, in format 4, the length of what follows. */
+/* Attributes of .nv.info: format, code, then two bytes that are the value or, in format 4, the length of what follows.
+ */
 enum { FORMAT_SIZED = 4, INFO_MIN_STACK = 0x12, INFO_PARAMETER = 0x17, INFO_REGISTERS = 0x2f };
-static void read_info(Module *m, const uint8_t *data, size_t size, Kernel *of, const Elf64_Sym *symbols, const char *names) {
+static void read_info(Module *m, const uint8_t *data, size_t size, Kernel *of, const Elf64_Sym *symbols,
+                      const char *names) {
   for (size_t at = 0; at + 4 <= size;) {
     const uint8_t *entry = data + at, *value = entry + 4;
     size_t length = entry[0] == FORMAT_SIZED ? (size_t)(entry[2] | entry[3] << 8) : 0;
@@ -1413,7 +1495,9 @@ API CUresult cuModuleLoadData(CUmodule *out, const void *image) {
   if (!memcmp(image, ELFMAG, SELFMAG)) read_cubin(m, image);
   return *out = (CUmodule)m, CUDA_SUCCESS;
 }
-API CUresult cuModuleLoadDataEx(CUmodule *m, const void *image, unsigned n, CUjit_option *o, void **v) { return (void)n, (void)o, (void)v, cuModuleLoadData(m, image); }
+API CUresult cuModuleLoadDataEx(CUmodule *m, const void *image, unsigned n, CUjit_option *o, void **v) {
+  return cuModuleLoadData(m, image);
+}
 API CUresult cuModuleLoad(CUmodule *m, const char *path) {
   FILE *file = fopen(path, "rb");
   if (!file) return CUDA_ERROR_FILE_NOT_FOUND;
@@ -1427,15 +1511,15 @@ API CUresult cuModuleLoad(CUmodule *m, const char *path) {
   free(image);
   return result;
 }
-API CUresult cuModuleUnload(CUmodule m) { return (void)m, CUDA_SUCCESS; } /* functions of it may still be held */
+API CUresult cuModuleUnload(CUmodule m) { return CUDA_SUCCESS; } /* functions of it may still be held */
 API CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
   LOCKED;
   Kernel *k = kernel_in((Module *)m, name, !((Module *)m)->kernels);
   if (!k) return CUDA_ERROR_NOT_FOUND;
   return *f = (CUfunction)k, CUDA_SUCCESS;
 }
-API CUresult cuFuncLoad(CUfunction f) { return (void)f, CUDA_SUCCESS; }
-API CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return (void)f, (void)c, CUDA_SUCCESS; }
+API CUresult cuFuncLoad(CUfunction f) { return CUDA_SUCCESS; }
+API CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return CUDA_SUCCESS; }
 API CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
   Kernel *k = (Kernel *)f;
   switch (a) {
@@ -1453,7 +1537,8 @@ API CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) {
   if (a >= CU_FUNC_ATTRIBUTE_MAX) return CUDA_ERROR_INVALID_VALUE;
   if (a != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
   if (v + k->fixed_shared > card()->shared_optin) {
-    complain("kernel %s asks for %d bytes of shared memory, a block may have %d", k->name, v + k->fixed_shared, card()->shared_optin);
+    complain("kernel %s asks for %d bytes of shared memory, a block may have %d", k->name, v + k->fixed_shared,
+             card()->shared_optin);
     return CUDA_ERROR_INVALID_VALUE;
   }
   return k->dynamic = v, CUDA_SUCCESS;
@@ -1463,20 +1548,25 @@ API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, CUfunction f, i
   int by_registers = 65536 / MAX(k->registers * threads, 1);
   return *n = MIN(resident_blocks(threads, shared + (size_t)k->fixed_shared), by_registers), CUDA_SUCCESS;
 }
-API CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { return (void)f, (void)c, *n = card()->processors / 4, CUDA_SUCCESS; }
+API CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) {
+  return *n = card()->processors / 4, CUDA_SUCCESS;
+}
 
 /* A tensor map keeps what it points at, so that a launch can check it as it does plain pointers. */
 #define MAP_MARK 0x5354414e44494e00ull
-API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *dims,
-                                    const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps, CUtensorMapInterleave i,
-                                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion p, CUtensorMapFloatOOBfill f) {
-  (void)type, (void)i, (void)swizzle, (void)p, (void)f;
-  const char *wrong = (uintptr_t)address & 15 ? "an address that is not aligned to 16 bytes" : rank < 1 || rank > 5 ? "a rank outside 1 to 5" : NULL;
+API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                    const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box,
+                                    const cuuint32_t *steps, CUtensorMapInterleave i, CUtensorMapSwizzle swizzle,
+                                    CUtensorMapL2promotion p, CUtensorMapFloatOOBfill f) {
+  const char *wrong = (uintptr_t)address & 15 ? "an address that is not aligned to 16 bytes"
+                      : rank < 1 || rank > 5  ? "a rank outside 1 to 5"
+                                              : NULL;
   for (cuuint32_t d = 0; !wrong && d < rank; d++) {
     if (!dims[d] || dims[d] > (1ull << 32)) wrong = "a dimension outside 1 to 2^32";
     if (!box[d] || box[d] > 256) wrong = "a box outside 1 to 256";
     if (!steps[d] || steps[d] > 8) wrong = "a step outside 1 to 8";
-    if (d + 1 < rank && (strides[d] & 15 || strides[d] >= 1ull << 40)) wrong = "a stride that is no multiple of 16 bytes";
+    if (d + 1 < rank && (strides[d] & 15 || strides[d] >= 1ull << 40))
+      wrong = "a stride that is no multiple of 16 bytes";
   }
   if (wrong) {
     complain("a tensor map (TMA) has %s", wrong);
@@ -1498,29 +1588,42 @@ static void check_parameters(Kernel *k, void **parameters, Stream *s) {
     if (k->parameters[i].size == 128 && word[0] != MAP_MARK) continue;
     uintptr_t p = k->parameters[i].size == 8 ? word[0] : word[1];
     if (!in_space(p)) continue;
-    if (!block_of((void *)p) && !block_of((void *)(p - 1))) complain("kernel %s: argument %d points to memory that is not allocated", k->name, i);
+    if (!block_of((void *)p) && !block_of((void *)(p - 1)))
+      complain("kernel %s: argument %d points to memory that is not allocated", k->name, i);
     note_use(s, (void *)p);
   }
 }
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
   LOCKED;
-  (void)extra;
   Kernel *k = (Kernel *)f;
   Stream *s = stream_of((cudaStream_t)c->hStream);
   dim3 g = {c->gridDimX, c->gridDimY, c->gridDimZ}, b = {c->blockDimX, c->blockDimY, c->blockDimZ};
   if (check_configuration(k->name, g, b, c->sharedMemBytes, k->dynamic)) return CUDA_ERROR_INVALID_VALUE;
   if ((size_t)k->registers * b.x * b.y * b.z > 65536) {
-    complain("kernel %s needs %d registers for each of %u threads, more than a block may have", k->name, k->registers, b.x * b.y * b.z);
+    complain("kernel %s needs %d registers for each of %u threads, more than a block may have", k->name, k->registers,
+             b.x * b.y * b.z);
     return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
   }
   check_parameters(k, parameters, s);
-  return submit((Work){"triton", k->name, g, b, c->sharedMemBytes, 0, 0, 0}, s) ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
+  return submit((Work){"triton", k->name, g, b, c->sharedMemBytes, 0, 0, 0}, s) ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+                                                                                : CUDA_SUCCESS;
 }
-API CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream s, void **p, void **e) {
-  CUlaunchConfig c = {.gridDimX = gx, .gridDimY = gy, .gridDimZ = gz, .blockDimX = bx, .blockDimY = by, .blockDimZ = bz, .sharedMemBytes = shared, .hStream = s};
+API CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                            unsigned shared, CUstream s, void **p, void **e) {
+  CUlaunchConfig c = {.gridDimX = gx,
+                      .gridDimY = gy,
+                      .gridDimZ = gz,
+                      .blockDimX = bx,
+                      .blockDimY = by,
+                      .blockDimZ = bz,
+                      .sharedMemBytes = shared,
+                      .hStream = s};
   return cuLaunchKernelEx(&c, f, p, e);
 }
-API CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream s, void **p) { return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, s, p, NULL); }
+API CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                                       unsigned bz, unsigned shared, CUstream s, void **p) {
+  return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, s, p, NULL);
+}
 
 /* ==================================================================================================================
  * Driver: memory. Pointers' attributes, and addresses that are reserved, backed and mapped apart (torch's expandable
@@ -1532,7 +1635,9 @@ static CUresult pointer_attribute(void *out, CUpointer_attribute a, CUdeviceptr 
   switch (a) {
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)out = p; break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER: *(void **)out = b->kind == DEVICE_MEMORY ? NULL : (void *)p; break;
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: *(unsigned *)out = b->kind == DEVICE_MEMORY ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST; break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+      *(unsigned *)out = b->kind == DEVICE_MEMORY ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
+      break;
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)out = b->device; break;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)out = b->at; break;
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)out = b->size; break;
@@ -1567,14 +1672,16 @@ typedef struct {
 } Backing;
 API CUresult cuMemAddressReserve(CUdeviceptr *p, size_t n, size_t alignment, CUdeviceptr at, unsigned long long f) {
   LOCKED;
-  (void)at, (void)f;
   return *p = take_addresses(n, MAX(alignment, 2 << 20)), CUDA_SUCCESS;
 }
-API CUresult cuMemAddressFree(CUdeviceptr p, size_t n) { return (void)p, (void)n, CUDA_SUCCESS; }
-API CUresult cuMemGetAllocationGranularity(size_t *n, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags f) { return (void)p, (void)f, *n = 2 << 20, CUDA_SUCCESS; }
-API CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t n, const CUmemAllocationProp *p, unsigned long long f) {
+API CUresult cuMemAddressFree(CUdeviceptr p, size_t n) { return CUDA_SUCCESS; }
+API CUresult cuMemGetAllocationGranularity(size_t *n, const CUmemAllocationProp *p,
+                                           CUmemAllocationGranularity_flags f) {
+  return *n = 2 << 20, CUDA_SUCCESS;
+}
+API CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t n, const CUmemAllocationProp *p,
+                         unsigned long long f) {
   LOCKED;
-  (void)f;
   if (forbidden("cuMemCreate")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   int before = device;
   if (p && p->location.type == CU_MEM_LOCATION_TYPE_DEVICE) device = p->location.id;
@@ -1603,7 +1710,6 @@ typedef struct Mapping {
 static Mapping *mappings;
 API CUresult cuMemMap(CUdeviceptr p, size_t n, size_t offset, CUmemGenericAllocationHandle h, unsigned long long f) {
   LOCKED;
-  (void)offset, (void)f;
   Backing *b = (Backing *)(uintptr_t)h;
   int before = device;
   device = b->device;
@@ -1633,16 +1739,21 @@ API CUresult cuMemUnmap(CUdeviceptr p, size_t n) {
   }
   return CUDA_SUCCESS;
 }
-API CUresult cuMemSetAccess(CUdeviceptr p, size_t n, const CUmemAccessDesc *d, size_t k) { return (void)p, (void)n, (void)d, (void)k, CUDA_SUCCESS; }
+API CUresult cuMemSetAccess(CUdeviceptr p, size_t n, const CUmemAccessDesc *d, size_t k) { return CUDA_SUCCESS; }
 
 /* ==================================================================================================================
  * Matrix products: cuBLAS and cuBLASLt */
 
 static size_t type_size(cudaDataType t) {
   switch (t) {
-    case CUDA_R_8I: case CUDA_R_8U: case CUDA_R_8F_E4M3: case CUDA_R_8F_E5M2: return 1;
-    case CUDA_R_16F: case CUDA_R_16BF: return 2;
-    case CUDA_R_64F: case CUDA_C_32F: return 8;
+    case CUDA_R_8I:
+    case CUDA_R_8U:
+    case CUDA_R_8F_E4M3:
+    case CUDA_R_8F_E5M2: return 1;
+    case CUDA_R_16F:
+    case CUDA_R_16BF: return 2;
+    case CUDA_R_64F:
+    case CUDA_C_32F: return 8;
     case CUDA_C_64F: return 16;
     default: return 4;
   }
@@ -1678,11 +1789,14 @@ static cudaError_t multiply(Product p, cudaStream_t stream) {
   Stream *s = stream_of(stream);
   double m = (double)p.m, n = (double)p.n, k = (double)p.k, batch = (double)p.batch;
   double bytes = batch * (m * k * (double)type_size(p.a_type) + k * n * (double)type_size(p.b_type) +
-                          m * n * (double)type_size(p.d_type) * (p.reads_d ? 2 : 1)) + p.extra;
-  double flops = 2 * m * n * k * batch, ms = 2e-3 + MAX(flops / type_rate(p.a_type), bytes / (0.85 * card()->bandwidth));
+                          m * n * (double)type_size(p.d_type) * (p.reads_d ? 2 : 1)) +
+                 p.extra;
+  double flops = 2 * m * n * k * batch,
+         ms = 2e-3 + MAX(flops / type_rate(p.a_type), bytes / (0.85 * card()->bandwidth));
   const void *operands[] = {p.a, p.b, p.d};
   for (int i = 0; i < 3; i++) {
-    if (in_space((uintptr_t)operands[i]) && !block_of(operands[i])) complain("%s: operand %c is not allocated", p.library, "ABD"[i]);
+    if (in_space((uintptr_t)operands[i]) && !block_of(operands[i]))
+      complain("%s: operand %c is not allocated", p.library, "ABD"[i]);
     note_use(s, operands[i]);
   }
   char name[160];
@@ -1704,79 +1818,102 @@ static int nonzero(cublasHandle_t h, const void *scalar, size_t size) {
 }
 API cublasStatus_t cublasCreate_v2(cublasHandle_t *h) { return *h = calloc(1, sizeof(Blas)), CUBLAS_STATUS_SUCCESS; }
 API cublasStatus_t cublasDestroy_v2(cublasHandle_t h) { return free(h), CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasSetStream_v2(cublasHandle_t h, cudaStream_t s) { return BLAS(h)->stream = s, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasGetStream_v2(cublasHandle_t h, cudaStream_t *s) { return *s = BLAS(h)->stream, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t h, void *w, size_t n) { return (void)h, (void)w, (void)n, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasSetMathMode(cublasHandle_t h, cublasMath_t m) { return BLAS(h)->math = m, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasGetMathMode(cublasHandle_t h, cublasMath_t *m) { return *m = BLAS(h)->math, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t h, cublasPointerMode_t m) { return BLAS(h)->mode = m, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t h, cublasPointerMode_t *m) { return *m = BLAS(h)->mode, CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasSetSmCountTarget(cublasHandle_t h, int n) { return (void)h, (void)n, CUBLAS_STATUS_SUCCESS; }
+API cublasStatus_t cublasSetStream_v2(cublasHandle_t h, cudaStream_t s) {
+  return BLAS(h)->stream = s, CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasGetStream_v2(cublasHandle_t h, cudaStream_t *s) {
+  return *s = BLAS(h)->stream, CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t h, void *w, size_t n) { return CUBLAS_STATUS_SUCCESS; }
+API cublasStatus_t cublasSetMathMode(cublasHandle_t h, cublasMath_t m) {
+  return BLAS(h)->math = m, CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasGetMathMode(cublasHandle_t h, cublasMath_t *m) {
+  return *m = BLAS(h)->math, CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t h, cublasPointerMode_t m) {
+  return BLAS(h)->mode = m, CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t h, cublasPointerMode_t *m) {
+  return *m = BLAS(h)->mode, CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasSetSmCountTarget(cublasHandle_t h, int n) { return CUBLAS_STATUS_SUCCESS; }
 
 static size_t scalar_size(cublasComputeType_t c) {
-  return c == CUBLAS_COMPUTE_64F || c == CUBLAS_COMPUTE_64F_PEDANTIC ? 8 : c == CUBLAS_COMPUTE_16F || c == CUBLAS_COMPUTE_16F_PEDANTIC ? 2 : 4;
+  return c == CUBLAS_COMPUTE_64F || c == CUBLAS_COMPUTE_64F_PEDANTIC   ? 8
+         : c == CUBLAS_COMPUTE_16F || c == CUBLAS_COMPUTE_16F_PEDANTIC ? 2
+                                                                       : 4;
 }
-API cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const void *alpha,
-                                const void *a, cudaDataType at, int lda, const void *b, cudaDataType bt, int ldb, const void *beta, void *c,
-                                cudaDataType ct, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t algo) {
-  (void)ta, (void)tb, (void)alpha, (void)lda, (void)ldb, (void)ldc, (void)algo;
-  return status(multiply((Product){"cublas", m, n, k, 1, at, bt, ct, a, b, c, nonzero(h, beta, scalar_size(compute)), 0}, BLAS(h)->stream));
+API cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+                                const void *alpha, const void *a, cudaDataType at, int lda, const void *b,
+                                cudaDataType bt, int ldb, const void *beta, void *c, cudaDataType ct, int ldc,
+                                cublasComputeType_t compute, cublasGemmAlgo_t algo) {
+  return status(
+      multiply((Product){"cublas", m, n, k, 1, at, bt, ct, a, b, c, nonzero(h, beta, scalar_size(compute)), 0},
+               BLAS(h)->stream));
 }
-API cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                                              const void *alpha, const void *a, cudaDataType at, int lda, long long sa, const void *b,
-                                              cudaDataType bt, int ldb, long long sb, const void *beta, void *c, cudaDataType ct, int ldc,
-                                              long long sc, int batch, cublasComputeType_t compute, cublasGemmAlgo_t algo) {
-  (void)ta, (void)tb, (void)alpha, (void)lda, (void)ldb, (void)ldc, (void)sa, (void)sb, (void)sc, (void)algo;
-  return status(multiply((Product){"cublas", m, n, k, batch, at, bt, ct, a, b, c, nonzero(h, beta, scalar_size(compute)), 0}, BLAS(h)->stream));
+API cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,
+                                              int n, int k, const void *alpha, const void *a, cudaDataType at, int lda,
+                                              long long sa, const void *b, cudaDataType bt, int ldb, long long sb,
+                                              const void *beta, void *c, cudaDataType ct, int ldc, long long sc,
+                                              int batch, cublasComputeType_t compute, cublasGemmAlgo_t algo) {
+  return status(
+      multiply((Product){"cublas", m, n, k, batch, at, bt, ct, a, b, c, nonzero(h, beta, scalar_size(compute)), 0},
+               BLAS(h)->stream));
 }
-API cublasStatus_t cublasSgemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const float *alpha,
-                                 const void *a, cudaDataType at, int lda, const void *b, cudaDataType bt, int ldb, const float *beta, void *c,
-                                 cudaDataType ct, int ldc) {
-  (void)ta, (void)tb, (void)alpha, (void)lda, (void)ldb, (void)ldc;
-  return status(multiply((Product){"cublas", m, n, k, 1, at, bt, ct, a, b, c, nonzero(h, beta, 4), 0}, BLAS(h)->stream));
+API cublasStatus_t cublasSgemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+                                 const float *alpha, const void *a, cudaDataType at, int lda, const void *b,
+                                 cudaDataType bt, int ldb, const float *beta, void *c, cudaDataType ct, int ldc) {
+  return status(
+      multiply((Product){"cublas", m, n, k, 1, at, bt, ct, a, b, c, nonzero(h, beta, 4), 0}, BLAS(h)->stream));
 }
 /* One product, one of a batch at a stride, one of a batch of pointers (which lie on the device), a vector's. */
-#define TYPED_PRODUCTS(X, T, TYPE)                                                                                       \
-  API cublasStatus_t cublas##X##gemm_v2(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, \
-                                        const T *al, const T *a, int la, const T *b, int lb, const T *be, T *c, int lc) { \
-    (void)ta, (void)tb, (void)al, (void)la, (void)lb, (void)lc;                                                          \
-    return status(multiply((Product){"cublas", m, n, k, 1, TYPE, TYPE, TYPE, a, b, c, nonzero(h, be, sizeof *be), 0}, BLAS(h)->stream)); \
-  }                                                                                                                      \
-  API cublasStatus_t cublas##X##gemmStridedBatched(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,  \
-                                                   int n, int k, const T *al, const T *a, int la, long long sa,          \
-                                                   const T *b, int lb, long long sb, const T *be, T *c, int lc,          \
-                                                   long long sc, int batch) {                                            \
-    (void)ta, (void)tb, (void)al, (void)la, (void)lb, (void)lc, (void)sa, (void)sb, (void)sc;                            \
-    return status(multiply((Product){"cublas", m, n, k, batch, TYPE, TYPE, TYPE, a, b, c, nonzero(h, be, sizeof *be), 0}, BLAS(h)->stream)); \
-  }                                                                                                                      \
-  API cublasStatus_t cublas##X##gemmBatched(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n,  \
-                                            int k, const T *al, const T *const a[], int la, const T *const b[], int lb,  \
-                                            const T *be, T *const c[], int lc, int batch) {                              \
-    (void)ta, (void)tb, (void)al, (void)a, (void)la, (void)b, (void)lb, (void)c, (void)lc;                               \
-    return status(multiply((Product){"cublas", m, n, k, batch, TYPE, TYPE, TYPE, NULL, NULL, NULL, nonzero(h, be, sizeof *be), 0}, BLAS(h)->stream)); \
-  }                                                                                                                      \
-  API cublasStatus_t cublas##X##gemv_v2(cublasHandle_t h, cublasOperation_t t, int m, int n, const T *al, const T *a,    \
-                                        int la, const T *x, int ix, const T *be, T *y, int iy) {                         \
-    (void)t, (void)al, (void)la, (void)ix, (void)iy;                                                                     \
-    return status(multiply((Product){"cublas", m, 1, n, 1, TYPE, TYPE, TYPE, a, x, y, nonzero(h, be, sizeof *be), 0}, BLAS(h)->stream)); \
-  }                                                                                                                      \
-  API cublasStatus_t cublas##X##trsm_v2(cublasHandle_t h, cublasSideMode_t side, cublasFillMode_t u, cublasOperation_t t, \
-                                        cublasDiagType_t d, int m, int n, const T *al, const T *a, int la, T *b, int lb) { \
-    (void)u, (void)t, (void)d, (void)al, (void)la, (void)lb;                                                             \
-    int k = side == CUBLAS_SIDE_LEFT ? m : n;                                                                            \
-    return status(multiply((Product){"cublas trsm", m, n, k, 1, TYPE, TYPE, TYPE, a, b, b, 0, 0}, BLAS(h)->stream));     \
+#define TYPED_PRODUCTS(X, T, TYPE)                                                                                     \
+  API cublasStatus_t cublas##X##gemm_v2(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n,    \
+                                        int k, const T *al, const T *a, int la, const T *b, int lb, const T *be, T *c, \
+                                        int lc) {                                                                      \
+    return status(multiply((Product){"cublas", m, n, k, 1, TYPE, TYPE, TYPE, a, b, c, nonzero(h, be, sizeof *be), 0},  \
+                           BLAS(h)->stream));                                                                          \
+  }                                                                                                                    \
+  API cublasStatus_t cublas##X##gemmStridedBatched(                                                                    \
+      cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const T *al, const T *a,      \
+      int la, long long sa, const T *b, int lb, long long sb, const T *be, T *c, int lc, long long sc, int batch) {    \
+    return status(                                                                                                     \
+        multiply((Product){"cublas", m, n, k, batch, TYPE, TYPE, TYPE, a, b, c, nonzero(h, be, sizeof *be), 0},        \
+                 BLAS(h)->stream));                                                                                    \
+  }                                                                                                                    \
+  API cublasStatus_t cublas##X##gemmBatched(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,       \
+                                            int n, int k, const T *al, const T *const a[], int la, const T *const b[], \
+                                            int lb, const T *be, T *const c[], int lc, int batch) {                    \
+    return status(multiply(                                                                                            \
+        (Product){"cublas", m, n, k, batch, TYPE, TYPE, TYPE, NULL, NULL, NULL, nonzero(h, be, sizeof *be), 0},        \
+        BLAS(h)->stream));                                                                                             \
+  }                                                                                                                    \
+  API cublasStatus_t cublas##X##gemv_v2(cublasHandle_t h, cublasOperation_t t, int m, int n, const T *al, const T *a,  \
+                                        int la, const T *x, int ix, const T *be, T *y, int iy) {                       \
+    return status(multiply((Product){"cublas", m, 1, n, 1, TYPE, TYPE, TYPE, a, x, y, nonzero(h, be, sizeof *be), 0},  \
+                           BLAS(h)->stream));                                                                          \
+  }                                                                                                                    \
+  API cublasStatus_t cublas##X##trsm_v2(cublasHandle_t h, cublasSideMode_t side, cublasFillMode_t u,                   \
+                                        cublasOperation_t t, cublasDiagType_t d, int m, int n, const T *al,            \
+                                        const T *a, int la, T *b, int lb) {                                            \
+    int k = side == CUBLAS_SIDE_LEFT ? m : n;                                                                          \
+    return status(multiply((Product){"cublas trsm", m, n, k, 1, TYPE, TYPE, TYPE, a, b, b, 0, 0}, BLAS(h)->stream));   \
   }
 TYPED_PRODUCTS(S, float, CUDA_R_32F)
 TYPED_PRODUCTS(D, double, CUDA_R_64F)
 TYPED_PRODUCTS(C, cuComplex, CUDA_C_32F)
 TYPED_PRODUCTS(Z, cuDoubleComplex, CUDA_C_64F)
-API cublasStatus_t cublasDotEx(cublasHandle_t h, int n, const void *x, cudaDataType xt, int ix, const void *y, cudaDataType yt, int iy,
-                               void *r, cudaDataType rt, cudaDataType c) {
-  (void)ix, (void)iy, (void)r, (void)c;
+API cublasStatus_t cublasDotEx(cublasHandle_t h, int n, const void *x, cudaDataType xt, int ix, const void *y,
+                               cudaDataType yt, int iy, void *r, cudaDataType rt, cudaDataType c) {
   return status(multiply((Product){"cublas dot", 1, 1, n, 1, xt, yt, rt, x, y, NULL, 0, 0}, BLAS(h)->stream));
 }
-API cublasStatus_t cublasSdot_v2(cublasHandle_t h, int n, const float *x, int ix, const float *y, int iy, float *r) { return cublasDotEx(h, n, x, CUDA_R_32F, ix, y, CUDA_R_32F, iy, r, CUDA_R_32F, CUDA_R_32F); }
-API cublasStatus_t cublasDdot_v2(cublasHandle_t h, int n, const double *x, int ix, const double *y, int iy, double *r) { return cublasDotEx(h, n, x, CUDA_R_64F, ix, y, CUDA_R_64F, iy, r, CUDA_R_64F, CUDA_R_64F); }
+API cublasStatus_t cublasSdot_v2(cublasHandle_t h, int n, const float *x, int ix, const float *y, int iy, float *r) {
+  return cublasDotEx(h, n, x, CUDA_R_32F, ix, y, CUDA_R_32F, iy, r, CUDA_R_32F, CUDA_R_32F);
+}
+API cublasStatus_t cublasDdot_v2(cublasHandle_t h, int n, const double *x, int ix, const double *y, int iy, double *r) {
+  return cublasDotEx(h, n, x, CUDA_R_64F, ix, y, CUDA_R_64F, iy, r, CUDA_R_64F, CUDA_R_64F);
+}
 
 /* cuBLASLt. Descriptors are caller's memory in some of its functions, so they hold what is needed in place. */
 typedef struct {
@@ -1815,24 +1952,24 @@ API const char *cublasLtGetStatusString(cublasStatus_t s) { return status_text(s
 API cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) { return *h = calloc(1, 64), CUBLAS_STATUS_SUCCESS; }
 API cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return free(h), CUBLAS_STATUS_SUCCESS; }
 API cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasComputeType_t compute, cudaDataType scale) {
-  (void)scale;
   LtDesc *x = calloc(1, sizeof *x);
   x->compute = compute;
   x->epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   return *d = (cublasLtMatmulDesc_t)x, CUBLAS_STATUS_SUCCESS;
 }
 API cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { return free(d), CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t a, const void *v, size_t n) {
+API cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t a,
+                                                  const void *v, size_t n) {
   LtDesc *x = (LtDesc *)d;
   struct {
     cublasLtMatmulDescAttributes_t attribute;
     void *at;
     size_t size;
   } known[] = {
-      {CUBLASLT_MATMUL_DESC_TRANSA, &x->trans_a, 4},          {CUBLASLT_MATMUL_DESC_TRANSB, &x->trans_b, 4},
-      {CUBLASLT_MATMUL_DESC_EPILOGUE, &x->epilogue, 4},       {CUBLASLT_MATMUL_DESC_BIAS_POINTER, &x->bias, 8},
+      {CUBLASLT_MATMUL_DESC_TRANSA, &x->trans_a, 4},           {CUBLASLT_MATMUL_DESC_TRANSB, &x->trans_b, 4},
+      {CUBLASLT_MATMUL_DESC_EPILOGUE, &x->epilogue, 4},        {CUBLASLT_MATMUL_DESC_BIAS_POINTER, &x->bias, 8},
       {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &x->aux, 8}, {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &x->aux_ld, 8},
-      {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &x->scale_a, 8}, {CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x->scale_b, 8},
+      {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &x->scale_a, 8},  {CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x->scale_b, 8},
   };
   for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
     if (known[i].attribute != a) continue;
@@ -1841,13 +1978,15 @@ API cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublas
   }
   return CUBLAS_STATUS_SUCCESS;
 }
-API cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+API cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType type, uint64_t rows,
+                                              uint64_t cols, int64_t ld) {
   LtLayout *x = calloc(1, sizeof *x);
   *x = (LtLayout){type, rows, cols, ld, 1};
   return *l = (cublasLtMatrixLayout_t)x, CUBLAS_STATUS_SUCCESS;
 }
 API cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { return free(l), CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t a, const void *v, size_t n) {
+API cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t a,
+                                                    const void *v, size_t n) {
   if (a == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT && n >= 4) memcpy(&((LtLayout *)l)->batch, v, 4);
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -1856,8 +1995,12 @@ API cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *p)
   for (int i = 0; i < 4; i++) x->alignment[i] = 256; /* cuBLASLt's default */
   return *p = (cublasLtMatmulPreference_t)x, CUBLAS_STATUS_SUCCESS;
 }
-API cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { return free(p), CUBLAS_STATUS_SUCCESS; }
-API cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t a, const void *v, size_t n) {
+API cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
+  return free(p), CUBLAS_STATUS_SUCCESS;
+}
+API cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                        cublasLtMatmulPreferenceAttributes_t a, const void *v,
+                                                        size_t n) {
   LtPreference *x = (LtPreference *)p;
   int which = (int)a - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
   if (a == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES && n >= 8) memcpy(&x->workspace, v, 8);
@@ -1868,14 +2011,16 @@ API cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference
 static const char *wrong_for_fp8(const LtDesc *d, const LtLayout *a, const LtLayout *b) {
   if (type_size(a->type) != 1 || a->type == CUDA_R_8I) return NULL;
   if (card()->major < 9) return "an fp8 product on a card without fp8";
-  if (card()->major == 9 && (d->trans_a != CUBLAS_OP_T || d->trans_b != CUBLAS_OP_N)) return "an fp8 product that is not A^T B";
-  if (a->rows % 16 || a->cols % 16 || b->rows % 16 || a->ld % 16 || b->ld % 16) return "an fp8 product of sizes that are no multiples of 16";
+  if (card()->major == 9 && (d->trans_a != CUBLAS_OP_T || d->trans_b != CUBLAS_OP_N))
+    return "an fp8 product that is not A^T B";
+  if (a->rows % 16 || a->cols % 16 || b->rows % 16 || a->ld % 16 || b->ld % 16)
+    return "an fp8 product of sizes that are no multiples of 16";
   return NULL;
 }
-API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                                  cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t dd, cublasLtMatmulPreference_t p, int wanted,
+API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
+                                                  cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                                  cublasLtMatrixLayout_t dd, cublasLtMatmulPreference_t p, int wanted,
                                                   cublasLtMatmulHeuristicResult_t *r, int *n) {
-  (void)h, (void)c, (void)dd;
   *n = 0;
   const char *wrong = wrong_for_fp8((LtDesc *)d, (LtLayout *)a, (LtLayout *)b);
   if (wrong) complain("cublasLt: %s", wrong);
@@ -1887,11 +2032,11 @@ API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMa
   r->wavesCount = 1;
   return *n = 1, CUBLAS_STATUS_SUCCESS;
 }
-API cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, const void *alpha, const void *a, cublasLtMatrixLayout_t al,
-                                  const void *b, cublasLtMatrixLayout_t bl, const void *beta, const void *c, cublasLtMatrixLayout_t cl, void *out,
-                                  cublasLtMatrixLayout_t ol, const cublasLtMatmulAlgo_t *algo, void *workspace, size_t n, cudaStream_t s) {
+API cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, const void *alpha, const void *a,
+                                  cublasLtMatrixLayout_t al, const void *b, cublasLtMatrixLayout_t bl, const void *beta,
+                                  const void *c, cublasLtMatrixLayout_t cl, void *out, cublasLtMatrixLayout_t ol,
+                                  const cublasLtMatmulAlgo_t *algo, void *workspace, size_t n, cudaStream_t s) {
   LOCKED;
-  (void)h, (void)alpha, (void)cl, (void)workspace, (void)n;
   LtDesc *desc = (LtDesc *)d;
   LtLayout *x = (LtLayout *)al, *y = (LtLayout *)bl, *z = (LtLayout *)ol;
   const char *wrong = wrong_for_fp8(desc, x, y);
@@ -1904,7 +2049,8 @@ API cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, co
   const void *operands[] = {a, b, c, out, desc->bias, desc->aux};
   static const char *const names[] = {"A", "B", "C", "D", "bias", "auxiliary"};
   for (int i = 0; i < 6; i++) {
-    if (i == 4 && !(desc->epilogue & (CUBLASLT_EPILOGUE_BIAS | CUBLASLT_EPILOGUE_BGRADA | CUBLASLT_EPILOGUE_BGRADB))) continue;
+    if (i == 4 && !(desc->epilogue & (CUBLASLT_EPILOGUE_BIAS | CUBLASLT_EPILOGUE_BGRADA | CUBLASLT_EPILOGUE_BGRADB)))
+      continue;
     if (i == 5 && !(desc->epilogue & 128)) continue;
     uint32_t needs = MAX(16u, i < 4 && chosen.mark == ALGO_MARK ? chosen.alignment[i] : 16u);
     if ((uintptr_t)operands[i] & (needs - 1)) {
@@ -1917,10 +2063,13 @@ API cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, co
   if (desc->epilogue & 128) extra += size * (double)type_size(z->type);
   if (desc->epilogue & CUBLASLT_EPILOGUE_BIAS) extra += (double)z->rows * (double)type_size(z->type);
   static const char zeros[8];
-  int reads = beta && !in_space((uintptr_t)beta) && memcmp(beta, zeros, desc->compute == CUBLAS_COMPUTE_64F ? 8 : 4) != 0;
+  int reads =
+      beta && !in_space((uintptr_t)beta) && memcmp(beta, zeros, desc->compute == CUBLAS_COMPUTE_64F ? 8 : 4) != 0;
   char name[48];
   snprintf(name, sizeof name, "cublasLt epilogue%d", desc->epilogue);
-  return status(multiply((Product){name, (long)z->rows, (long)z->cols, k, z->batch, x->type, y->type, z->type, a, b, out, reads, extra}, s));
+  return status(multiply(
+      (Product){name, (long)z->rows, (long)z->cols, k, z->batch, x->type, y->type, z->type, a, b, out, reads, extra},
+      s));
 }
 
 /* ==================================================================================================================
@@ -1932,8 +2081,12 @@ typedef struct {
 } Dnn;
 API cudnnStatus_t cudnnCreate(cudnnHandle_t *h) { return *h = calloc(1, sizeof(Dnn)), CUDNN_STATUS_SUCCESS; }
 API cudnnStatus_t cudnnDestroy(cudnnHandle_t h) { return free(h), CUDNN_STATUS_SUCCESS; }
-API cudnnStatus_t cudnnSetStream(cudnnHandle_t h, cudaStream_t s) { return ((Dnn *)h)->stream = s, CUDNN_STATUS_SUCCESS; }
-API cudnnStatus_t cudnnGetStream(cudnnHandle_t h, cudaStream_t *s) { return *s = ((Dnn *)h)->stream, CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnSetStream(cudnnHandle_t h, cudaStream_t s) {
+  return ((Dnn *)h)->stream = s, CUDNN_STATUS_SUCCESS;
+}
+API cudnnStatus_t cudnnGetStream(cudnnHandle_t h, cudaStream_t *s) {
+  return *s = ((Dnn *)h)->stream, CUDNN_STATUS_SUCCESS;
+}
 
 typedef struct {
   int name, type;
@@ -1957,8 +2110,13 @@ typedef struct Plan {
 
 static size_t dnn_size(int type) {
   switch (type) {
-    case CUDNN_TYPE_HANDLE: case CUDNN_TYPE_INT64: case CUDNN_TYPE_DOUBLE: case CUDNN_TYPE_VOID_PTR: case CUDNN_TYPE_BACKEND_DESCRIPTOR: return 8;
-    case CUDNN_TYPE_BOOLEAN: case CUDNN_TYPE_CHAR: return 1;
+    case CUDNN_TYPE_HANDLE:
+    case CUDNN_TYPE_INT64:
+    case CUDNN_TYPE_DOUBLE:
+    case CUDNN_TYPE_VOID_PTR:
+    case CUDNN_TYPE_BACKEND_DESCRIPTOR: return 8;
+    case CUDNN_TYPE_BOOLEAN:
+    case CUDNN_TYPE_CHAR: return 1;
     case CUDNN_TYPE_FRACTION: return 16;
     default: return 4;
   }
@@ -1996,7 +2154,8 @@ static void dnn_set(DnnDescriptor *d, int name, int type, int64_t count, const v
   if (a)
     dnn_clear(a);
   else {
-    if (d->count == d->room) d->attributes = realloc(d->attributes, (size_t)(d->room = d->room ? 2 * d->room : 8) * sizeof *d->attributes);
+    if (d->count == d->room)
+      d->attributes = realloc(d->attributes, (size_t)(d->room = d->room ? 2 * d->room : 8) * sizeof *d->attributes);
     a = &d->attributes[d->count++];
   }
   *a = (DnnAttribute){name, type, count, kept};
@@ -2042,26 +2201,36 @@ static double matmul_flops(DnnDescriptor *operation, int left, int out) {
 /* Q K^T and P V: Q is (B, H, T, d), K (B, H, S, d), V (B, H, S, e). */
 static double attention_flops(DnnDescriptor *operation, int q_name, int k_name, int v_name) {
   int64_t q[8], k[8], v[8];
-  if (dnn_dims(operation, q_name, q) != 4 || dnn_dims(operation, k_name, k) != 4 || dnn_dims(operation, v_name, v) != 4) return 0;
+  if (dnn_dims(operation, q_name, q) != 4 || dnn_dims(operation, k_name, k) != 4 || dnn_dims(operation, v_name, v) != 4)
+    return 0;
   return 2.0 * (double)q[0] * (double)q[1] * (double)q[2] * (double)k[2] * (double)(q[3] + v[3]);
 }
 static size_t dnn_type_size(int type) {
   switch (type) {
-    case CUDNN_DATA_DOUBLE: case CUDNN_DATA_INT64: return 8;
-    case CUDNN_DATA_HALF: case CUDNN_DATA_BFLOAT16: return 2;
-    case CUDNN_DATA_INT8: case CUDNN_DATA_UINT8: case CUDNN_DATA_BOOLEAN: case CUDNN_DATA_FP8_E4M3: case CUDNN_DATA_FP8_E5M2: return 1;
+    case CUDNN_DATA_DOUBLE:
+    case CUDNN_DATA_INT64: return 8;
+    case CUDNN_DATA_HALF:
+    case CUDNN_DATA_BFLOAT16: return 2;
+    case CUDNN_DATA_INT8:
+    case CUDNN_DATA_UINT8:
+    case CUDNN_DATA_BOOLEAN:
+    case CUDNN_DATA_FP8_E4M3:
+    case CUDNN_DATA_FP8_E5M2: return 1;
     default: return 4;
   }
 }
 static void plan_tensor(Plan *plan, DnnDescriptor *t) {
-  DnnAttribute *virtual_ = dnn_attribute(t, CUDNN_ATTR_TENSOR_IS_VIRTUAL), *uid = dnn_attribute(t, CUDNN_ATTR_TENSOR_UNIQUE_ID);
-  DnnAttribute *dims = dnn_attribute(t, CUDNN_ATTR_TENSOR_DIMENSIONS), *type = dnn_attribute(t, CUDNN_ATTR_TENSOR_DATA_TYPE);
+  DnnAttribute *virtual_ = dnn_attribute(t, CUDNN_ATTR_TENSOR_IS_VIRTUAL),
+               *uid = dnn_attribute(t, CUDNN_ATTR_TENSOR_UNIQUE_ID);
+  DnnAttribute *dims = dnn_attribute(t, CUDNN_ATTR_TENSOR_DIMENSIONS),
+               *type = dnn_attribute(t, CUDNN_ATTR_TENSOR_DATA_TYPE);
   if ((virtual_ && *(char *)virtual_->values) || !uid || !dims || !type || plan->tensors == 64) return;
   int64_t id = *(int64_t *)uid->values;
   for (int i = 0; i < plan->tensors; i++)
     if (plan->tensor[i].uid == id) return;
   plan->tensor[plan->tensors].uid = id;
-  plan->tensor[plan->tensors++].bytes = product(dims->values, (int)dims->count) * (double)dnn_type_size(*(int *)type->values);
+  plan->tensor[plan->tensors++].bytes =
+      product(dims->values, (int)dims->count) * (double)dnn_type_size(*(int *)type->values);
 }
 /* All tensors of an operation, those of the operations inside it (an attention's softmax) as well. */
 static void plan_tensors(Plan *plan, DnnDescriptor *operation) {
@@ -2106,7 +2275,8 @@ static void name_plan(Plan *plan, DnnAttribute *operations) {
   if (backward || matmuls >= 5) snprintf(plan->name, sizeof plan->name, "attention_backward");
   for (int64_t i = 0; !plan->name[0] && i < operations->count; i++)
     for (size_t k = 0; k < sizeof operation_names / sizeof *operation_names; k++)
-      if (operation_names[k].type == list[i]->type) snprintf(plan->name, sizeof plan->name, "%s", operation_names[k].name);
+      if (operation_names[k].type == list[i]->type)
+        snprintf(plan->name, sizeof plan->name, "%s", operation_names[k].name);
   if (!plan->name[0]) snprintf(plan->name, sizeof plan->name, "operation %d", operations->count ? list[0]->type : -1);
 }
 static Plan *make_plan(DnnDescriptor *descriptor) {
@@ -2121,25 +2291,30 @@ static Plan *make_plan(DnnDescriptor *descriptor) {
     DnnDescriptor *o = ((DnnDescriptor **)operations->values)[i];
     switch (o->type) {
       case CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR:
-        plan->flops += convolution_flops(o, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y);
+        plan->flops += convolution_flops(o, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W,
+                                         CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y);
         break;
       case CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR:
-        plan->flops += convolution_flops(o, CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W, CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY);
+        plan->flops += convolution_flops(o, CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W,
+                                         CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY);
         break;
       case CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR:
-        plan->flops += convolution_flops(o, CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW, CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY);
+        plan->flops += convolution_flops(o, CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW,
+                                         CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY);
         break;
       case CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR:
         plan->flops += matmul_flops(o, CUDNN_ATTR_OPERATION_MATMUL_ADESC, CUDNN_ATTR_OPERATION_MATMUL_CDESC);
         break;
 #if CUDNN_VERSION >= 91300
       case CUDNN_BACKEND_OPERATION_SDPA_FWD_DESCRIPTOR:
-        plan->flops += attention_flops(o, CUDNN_ATTR_OPERATION_SDPA_FWD_QDESC, CUDNN_ATTR_OPERATION_SDPA_FWD_KDESC, CUDNN_ATTR_OPERATION_SDPA_FWD_VDESC);
+        plan->flops += attention_flops(o, CUDNN_ATTR_OPERATION_SDPA_FWD_QDESC, CUDNN_ATTR_OPERATION_SDPA_FWD_KDESC,
+                                       CUDNN_ATTR_OPERATION_SDPA_FWD_VDESC);
         break;
 #endif
 #if CUDNN_VERSION >= 91500
       case CUDNN_BACKEND_OPERATION_SDPA_BWD_DESCRIPTOR: /* five products to the forward's two */
-        plan->flops += 2.5 * attention_flops(o, CUDNN_ATTR_OPERATION_SDPA_BWD_QDESC, CUDNN_ATTR_OPERATION_SDPA_BWD_KDESC, CUDNN_ATTR_OPERATION_SDPA_BWD_VDESC);
+        plan->flops += 2.5 * attention_flops(o, CUDNN_ATTR_OPERATION_SDPA_BWD_QDESC,
+                                             CUDNN_ATTR_OPERATION_SDPA_BWD_KDESC, CUDNN_ATTR_OPERATION_SDPA_BWD_VDESC);
         break;
 #endif
       default: break;
@@ -2149,14 +2324,17 @@ static Plan *make_plan(DnnDescriptor *descriptor) {
   return plan;
 }
 
-API cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type, cudnnBackendDescriptor_t *d) { return *d = dnn_make(type), CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type, cudnnBackendDescriptor_t *d) {
+  return *d = dnn_make(type), CUDNN_STATUS_SUCCESS;
+}
 API cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t d) {
   LOCKED;
   dnn_drop(d);
   return CUDNN_STATUS_SUCCESS;
 }
-API cudnnStatus_t cudnnBackendInitialize(cudnnBackendDescriptor_t d) { return (void)d, CUDNN_STATUS_SUCCESS; }
-API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t n, const void *v) {
+API cudnnStatus_t cudnnBackendInitialize(cudnnBackendDescriptor_t d) { return CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name,
+                                           cudnnBackendAttributeType_t type, int64_t n, const void *v) {
   LOCKED;
   dnn_set(d, name, type, n, v);
   return CUDNN_STATUS_SUCCESS;
@@ -2167,9 +2345,10 @@ API cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t d) {
   if (x->type == CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR && !x->plan) x->plan = make_plan(x);
   return CUDNN_STATUS_SUCCESS;
 }
-/* What an attribute holds, and what a GPU's cuDNN would have added: results of heuristics, a workspace of 0 bytes. Where
- * values are descriptors the caller made them, to be filled. */
-API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t wanted, int64_t *n, void *out) {
+/* What an attribute holds, and what a GPU's cuDNN would have added: results of heuristics, a workspace of 0 bytes.
+ * Where values are descriptors the caller made them, to be filled. */
+API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const d, cudnnBackendAttributeName_t name,
+                                           cudnnBackendAttributeType_t type, int64_t wanted, int64_t *n, void *out) {
   LOCKED;
   DnnDescriptor *x = (DnnDescriptor *)d;
   if (name == CUDNN_ATTR_ENGINEHEUR_RESULTS) {
@@ -2185,9 +2364,11 @@ API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const d, cud
     for (int64_t i = 0; out && a->type == CUDNN_TYPE_BACKEND_DESCRIPTOR && i < given; i++) {
       DnnDescriptor *from = ((DnnDescriptor **)a->values)[i], *to = ((DnnDescriptor **)out)[i];
       for (int k = 0; to && to != from && k < from->count; k++)
-        dnn_set(to, from->attributes[k].name, from->attributes[k].type, from->attributes[k].count, from->attributes[k].values);
+        dnn_set(to, from->attributes[k].name, from->attributes[k].type, from->attributes[k].count,
+                from->attributes[k].values);
     }
-    if (out && a->type != CUDNN_TYPE_BACKEND_DESCRIPTOR && given > 0) memcpy(out, a->values, dnn_size(a->type) * (size_t)given);
+    if (out && a->type != CUDNN_TYPE_BACKEND_DESCRIPTOR && given > 0)
+      memcpy(out, a->values, dnn_size(a->type) * (size_t)given);
     return CUDNN_STATUS_SUCCESS;
   }
   int one = name == CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE || name == CUDNN_ATTR_OPERATIONGRAPH_ENGINE_GLOBAL_COUNT ||
@@ -2204,7 +2385,8 @@ API cudnnStatus_t cudnnBackendExecute(cudnnHandle_t h, cudnnBackendDescriptor_t 
   Plan *plan = ((DnnDescriptor *)d)->plan;
   if (!plan) return CUDNN_STATUS_BAD_PARAM;
   Stream *s = stream_of(((Dnn *)h)->stream);
-  DnnAttribute *uids = dnn_attribute(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS), *data = dnn_attribute(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
+  DnnAttribute *uids = dnn_attribute(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS),
+               *data = dnn_attribute(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
   double bytes = 0;
   for (int64_t i = 0; uids && data && i < uids->count && i < data->count; i++) {
     uintptr_t p = ((uintptr_t *)data->values)[i];
@@ -2213,22 +2395,30 @@ API cudnnStatus_t cudnnBackendExecute(cudnnHandle_t h, cudnnBackendDescriptor_t 
     if (in_space(p) && !block_of((void *)p)) complain("cuDNN %s: a tensor's memory is not allocated", plan->name);
     note_use(s, (void *)p);
   }
-  return submit((Work){"cudnn", plan->name, ONE, ONE, 0, 0, bytes, plan->flops}, s) ? CUDNN_STATUS_EXECUTION_FAILED : CUDNN_STATUS_SUCCESS;
+  return submit((Work){"cudnn", plan->name, ONE, ONE, 0, 0, bytes, plan->flops}, s) ? CUDNN_STATUS_EXECUTION_FAILED
+                                                                                    : CUDNN_STATUS_SUCCESS;
 }
 
 /* cuDNN's older calls that torch still makes: their descriptors are the real library's, which needs no GPU for them. */
 static cudnnStatus_t dnn_launch(cudnnHandle_t h, const char *name) {
-  return submit((Work){"cudnn", name, ONE, ONE, 0, 0, 0, 0}, stream_of(((Dnn *)h)->stream)) ? CUDNN_STATUS_EXECUTION_FAILED : CUDNN_STATUS_SUCCESS;
+  return submit((Work){"cudnn", name, ONE, ONE, 0, 0, 0, 0}, stream_of(((Dnn *)h)->stream))
+             ? CUDNN_STATUS_EXECUTION_FAILED
+             : CUDNN_STATUS_SUCCESS;
 }
-API cudnnStatus_t cudnnPoolingForward(cudnnHandle_t h, const cudnnPoolingDescriptor_t p, const void *al, const cudnnTensorDescriptor_t xd, const void *x, const void *be, const cudnnTensorDescriptor_t yd, void *y) {
-  (void)p, (void)al, (void)xd, (void)x, (void)be, (void)yd, (void)y;
+API cudnnStatus_t cudnnPoolingForward(cudnnHandle_t h, const cudnnPoolingDescriptor_t p, const void *al,
+                                      const cudnnTensorDescriptor_t xd, const void *x, const void *be,
+                                      const cudnnTensorDescriptor_t yd, void *y) {
   return dnn_launch(h, "pooling");
 }
-API cudnnStatus_t cudnnBatchNormalizationForwardInference(cudnnHandle_t h, cudnnBatchNormMode_t m, const void *al, const void *be, const cudnnTensorDescriptor_t xd, const void *x, const cudnnTensorDescriptor_t yd, void *y, const cudnnTensorDescriptor_t bd, const void *scale, const void *bias, const void *mean, const void *var, double eps) {
-  (void)m, (void)al, (void)be, (void)xd, (void)x, (void)yd, (void)y, (void)bd, (void)scale, (void)bias, (void)mean, (void)var, (void)eps;
+API cudnnStatus_t cudnnBatchNormalizationForwardInference(cudnnHandle_t h, cudnnBatchNormMode_t m, const void *al,
+                                                          const void *be, const cudnnTensorDescriptor_t xd,
+                                                          const void *x, const cudnnTensorDescriptor_t yd, void *y,
+                                                          const cudnnTensorDescriptor_t bd, const void *scale,
+                                                          const void *bias, const void *mean, const void *var,
+                                                          double eps) {
   return dnn_launch(h, "batch_norm_inference");
 }
-API cudnnStatus_t cudnnDropoutGetStatesSize(cudnnHandle_t h, size_t *n) { return (void)h, *n = 1 << 20, CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnDropoutGetStatesSize(cudnnHandle_t h, size_t *n) { return *n = 1 << 20, CUDNN_STATUS_SUCCESS; }
 
 /* ==================================================================================================================
  * cuSOLVER: factorisations and eigenvalues, one launch each. Nothing is computed, `info` stays 0. */
@@ -2236,85 +2426,111 @@ API cudnnStatus_t cudnnDropoutGetStatesSize(cudnnHandle_t h, size_t *n) { return
 typedef struct {
   cudaStream_t stream;
 } Solver;
-API cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t *h) { return *h = calloc(1, sizeof(Solver)), CUSOLVER_STATUS_SUCCESS; }
+API cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t *h) {
+  return *h = calloc(1, sizeof(Solver)), CUSOLVER_STATUS_SUCCESS;
+}
 API cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t h) { return free(h), CUSOLVER_STATUS_SUCCESS; }
-API cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t h, cudaStream_t s) { return ((Solver *)h)->stream = s, CUSOLVER_STATUS_SUCCESS; }
-API cusolverStatus_t cusolverDnGetStream(cusolverDnHandle_t h, cudaStream_t *s) { return *s = ((Solver *)h)->stream, CUSOLVER_STATUS_SUCCESS; }
-API cusolverStatus_t cusolverDnCreateParams(cusolverDnParams_t *p) { return *p = calloc(1, 64), CUSOLVER_STATUS_SUCCESS; }
+API cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t h, cudaStream_t s) {
+  return ((Solver *)h)->stream = s, CUSOLVER_STATUS_SUCCESS;
+}
+API cusolverStatus_t cusolverDnGetStream(cusolverDnHandle_t h, cudaStream_t *s) {
+  return *s = ((Solver *)h)->stream, CUSOLVER_STATUS_SUCCESS;
+}
+API cusolverStatus_t cusolverDnCreateParams(cusolverDnParams_t *p) {
+  return *p = calloc(1, 64), CUSOLVER_STATUS_SUCCESS;
+}
 API cusolverStatus_t cusolverDnDestroyParams(cusolverDnParams_t p) { return free(p), CUSOLVER_STATUS_SUCCESS; }
 
-static cusolverStatus_t solve(cusolverDnHandle_t h, const char *what, int64_t m, int64_t n, cudaDataType type, double flops, void *info) {
+static cusolverStatus_t solve(cusolverDnHandle_t h, const char *what, int64_t m, int64_t n, cudaDataType type,
+                              double flops, void *info) {
   LOCKED;
   Stream *s = stream_of(((Solver *)h)->stream);
   if (info && in_space((uintptr_t)info) && !s->capture) memset(shadow_of(info), 0, 4);
   char name[96];
   snprintf(name, sizeof name, "%s %ldx%ld %s", what, (long)m, (long)n, type_name(type));
-  double bytes = 2.0 * (double)m * (double)n * (double)type_size(type), ms = 2e-2 + flops / (0.1 * type_rate(CUDA_R_64F));
-  return submit((Work){"solver", name, ONE, ONE, 0, ms, bytes, flops}, s) ? CUSOLVER_STATUS_EXECUTION_FAILED : CUSOLVER_STATUS_SUCCESS;
+  double bytes = 2.0 * (double)m * (double)n * (double)type_size(type),
+         ms = 2e-2 + flops / (0.1 * type_rate(CUDA_R_64F));
+  return submit((Work){"solver", name, ONE, ONE, 0, ms, bytes, flops}, s) ? CUSOLVER_STATUS_EXECUTION_FAILED
+                                                                          : CUSOLVER_STATUS_SUCCESS;
 }
 #define CUBE(n) ((double)(n) * (double)(n) * (double)(n))
 #define SIZES *dev = *host = 0, CUSOLVER_STATUS_SUCCESS
-API cusolverStatus_t cusolverDnXpotrf_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cublasFillMode_t u, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType c, size_t *dev, size_t *host) {
-  return (void)h, (void)p, (void)u, (void)n, (void)at, (void)a, (void)la, (void)c, SIZES;
+API cusolverStatus_t cusolverDnXpotrf_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cublasFillMode_t u,
+                                                 int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType c,
+                                                 size_t *dev, size_t *host) {
+  return SIZES;
 }
-API cusolverStatus_t cusolverDnXpotrf(cusolverDnHandle_t h, cusolverDnParams_t p, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info) {
-  (void)p, (void)u, (void)a, (void)la, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
+API cusolverStatus_t cusolverDnXpotrf(cusolverDnHandle_t h, cusolverDnParams_t p, cublasFillMode_t u, int64_t n,
+                                      cudaDataType at, void *a, int64_t la, cudaDataType c, void *db, size_t dn,
+                                      void *hb, size_t hn, int *info) {
   return solve(h, "potrf", n, n, at, CUBE(n) / 3, info);
 }
-API cusolverStatus_t cusolverDnXpotrs(cusolverDnHandle_t h, cusolverDnParams_t p, cublasFillMode_t u, int64_t n, int64_t k, cudaDataType at, const void *a, int64_t la, cudaDataType bt, void *b, int64_t lb, int *info) {
-  (void)p, (void)u, (void)a, (void)la, (void)bt, (void)b, (void)lb;
+API cusolverStatus_t cusolverDnXpotrs(cusolverDnHandle_t h, cusolverDnParams_t p, cublasFillMode_t u, int64_t n,
+                                      int64_t k, cudaDataType at, const void *a, int64_t la, cudaDataType bt, void *b,
+                                      int64_t lb, int *info) {
   return solve(h, "potrs", n, k, at, 2.0 * (double)n * (double)n * (double)k, info);
 }
-API cusolverStatus_t cusolverDnXsyevd_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType wt, const void *w, cudaDataType c, size_t *dev, size_t *host) {
-  return (void)h, (void)p, (void)j, (void)u, (void)n, (void)at, (void)a, (void)la, (void)wt, (void)w, (void)c, SIZES;
+API cusolverStatus_t cusolverDnXsyevd_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j,
+                                                 cublasFillMode_t u, int64_t n, cudaDataType at, const void *a,
+                                                 int64_t la, cudaDataType wt, const void *w, cudaDataType c,
+                                                 size_t *dev, size_t *host) {
+  return SIZES;
 }
-API cusolverStatus_t cusolverDnXsyevd(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info) {
-  (void)p, (void)j, (void)u, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
+API cusolverStatus_t cusolverDnXsyevd(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j,
+                                      cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la,
+                                      cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb,
+                                      size_t hn, int *info) {
   return solve(h, "syevd", n, n, at, 9 * CUBE(n), info);
 }
-API cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType wt, const void *w, cudaDataType c, size_t *dev, size_t *host, int64_t batch) {
-  return (void)h, (void)p, (void)j, (void)u, (void)n, (void)at, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)batch, SIZES;
+API cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j,
+                                                       cublasFillMode_t u, int64_t n, cudaDataType at, const void *a,
+                                                       int64_t la, cudaDataType wt, const void *w, cudaDataType c,
+                                                       size_t *dev, size_t *host, int64_t batch) {
+  return SIZES;
 }
-API cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j, cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info, int64_t batch) {
-  (void)p, (void)j, (void)u, (void)a, (void)la, (void)wt, (void)w, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
+API cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t h, cusolverDnParams_t p, cusolverEigMode_t j,
+                                            cublasFillMode_t u, int64_t n, cudaDataType at, void *a, int64_t la,
+                                            cudaDataType wt, void *w, cudaDataType c, void *db, size_t dn, void *hb,
+                                            size_t hn, int *info, int64_t batch) {
   return solve(h, "syev_batched", n, n * batch, at, 9 * CUBE(n) * (double)batch, info);
 }
-API cusolverStatus_t cusolverDnXgeqrf_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, int64_t m, int64_t n, cudaDataType at, const void *a, int64_t la, cudaDataType tt, const void *t, cudaDataType c, size_t *dev, size_t *host) {
-  return (void)h, (void)p, (void)m, (void)n, (void)at, (void)a, (void)la, (void)tt, (void)t, (void)c, SIZES;
+API cusolverStatus_t cusolverDnXgeqrf_bufferSize(cusolverDnHandle_t h, cusolverDnParams_t p, int64_t m, int64_t n,
+                                                 cudaDataType at, const void *a, int64_t la, cudaDataType tt,
+                                                 const void *t, cudaDataType c, size_t *dev, size_t *host) {
+  return SIZES;
 }
-API cusolverStatus_t cusolverDnXgeqrf(cusolverDnHandle_t h, cusolverDnParams_t p, int64_t m, int64_t n, cudaDataType at, void *a, int64_t la, cudaDataType tt, void *t, cudaDataType c, void *db, size_t dn, void *hb, size_t hn, int *info) {
-  (void)p, (void)a, (void)la, (void)tt, (void)t, (void)c, (void)db, (void)dn, (void)hb, (void)hn;
+API cusolverStatus_t cusolverDnXgeqrf(cusolverDnHandle_t h, cusolverDnParams_t p, int64_t m, int64_t n, cudaDataType at,
+                                      void *a, int64_t la, cudaDataType tt, void *t, cudaDataType c, void *db,
+                                      size_t dn, void *hb, size_t hn, int *info) {
   return solve(h, "geqrf", m, n, at, 2.0 * (double)m * (double)n * (double)n, info);
 }
 /* The typed calls that torch makes for linalg.cholesky, solve, qr and svd of single matrices. */
-#define TYPED_SOLVERS(X, T, TYPE)                                                                                            \
-  API cusolverStatus_t cusolverDn##X##potrf_bufferSize(cusolverDnHandle_t h, cublasFillMode_t u, int n, T *a, int la, int *w) { \
-    return (void)h, (void)u, (void)n, (void)a, (void)la, *w = 1, CUSOLVER_STATUS_SUCCESS;                                    \
-  }                                                                                                                          \
-  API cusolverStatus_t cusolverDn##X##potrf(cusolverDnHandle_t h, cublasFillMode_t u, int n, T *a, int la, T *w, int k, int *i) { \
-    (void)u, (void)a, (void)la, (void)w, (void)k;                                                                            \
-    return solve(h, "potrf", n, n, TYPE, CUBE(n) / 3, i);                                                                    \
-  }                                                                                                                          \
-  API cusolverStatus_t cusolverDn##X##getrf_bufferSize(cusolverDnHandle_t h, int m, int n, T *a, int la, int *w) {           \
-    return (void)h, (void)m, (void)n, (void)a, (void)la, *w = 1, CUSOLVER_STATUS_SUCCESS;                                    \
-  }                                                                                                                          \
-  API cusolverStatus_t cusolverDn##X##getrf(cusolverDnHandle_t h, int m, int n, T *a, int la, T *w, int *p, int *i) {        \
-    (void)a, (void)la, (void)w, (void)p;                                                                                     \
-    return solve(h, "getrf", m, n, TYPE, 2 * CUBE(MIN(m, n)) / 3, i);                                                        \
-  }                                                                                                                          \
-  API cusolverStatus_t cusolverDn##X##getrs(cusolverDnHandle_t h, cublasOperation_t t, int n, int k, const T *a, int la,     \
-                                            const int *p, T *b, int lb, int *i) {                                            \
-    (void)t, (void)a, (void)la, (void)p, (void)b, (void)lb;                                                                  \
-    return solve(h, "getrs", n, k, TYPE, 2.0 * (double)n * (double)n * (double)k, i);                                        \
-  }                                                                                                                          \
-  API cusolverStatus_t cusolverDn##X##syevd_bufferSize(cusolverDnHandle_t h, cusolverEigMode_t j, cublasFillMode_t u, int n, \
-                                                       const T *a, int la, const T *e, int *w) {                             \
-    return (void)h, (void)j, (void)u, (void)n, (void)a, (void)la, (void)e, *w = 1, CUSOLVER_STATUS_SUCCESS;                  \
-  }                                                                                                                          \
-  API cusolverStatus_t cusolverDn##X##syevd(cusolverDnHandle_t h, cusolverEigMode_t j, cublasFillMode_t u, int n, T *a,      \
-                                            int la, T *e, T *w, int k, int *i) {                                             \
-    (void)j, (void)u, (void)a, (void)la, (void)e, (void)w, (void)k;                                                          \
-    return solve(h, "syevd", n, n, TYPE, 9 * CUBE(n), i);                                                                    \
+#define TYPED_SOLVERS(X, T, TYPE)                                                                                     \
+  API cusolverStatus_t cusolverDn##X##potrf_bufferSize(cusolverDnHandle_t h, cublasFillMode_t u, int n, T *a, int la, \
+                                                       int *w) {                                                      \
+    return *w = 1, CUSOLVER_STATUS_SUCCESS;                                                                           \
+  }                                                                                                                   \
+  API cusolverStatus_t cusolverDn##X##potrf(cusolverDnHandle_t h, cublasFillMode_t u, int n, T *a, int la, T *w,      \
+                                            int k, int *i) {                                                          \
+    return solve(h, "potrf", n, n, TYPE, CUBE(n) / 3, i);                                                             \
+  }                                                                                                                   \
+  API cusolverStatus_t cusolverDn##X##getrf_bufferSize(cusolverDnHandle_t h, int m, int n, T *a, int la, int *w) {    \
+    return *w = 1, CUSOLVER_STATUS_SUCCESS;                                                                           \
+  }                                                                                                                   \
+  API cusolverStatus_t cusolverDn##X##getrf(cusolverDnHandle_t h, int m, int n, T *a, int la, T *w, int *p, int *i) { \
+    return solve(h, "getrf", m, n, TYPE, 2 * CUBE(MIN(m, n)) / 3, i);                                                 \
+  }                                                                                                                   \
+  API cusolverStatus_t cusolverDn##X##getrs(cusolverDnHandle_t h, cublasOperation_t t, int n, int k, const T *a,      \
+                                            int la, const int *p, T *b, int lb, int *i) {                             \
+    return solve(h, "getrs", n, k, TYPE, 2.0 * (double)n * (double)n * (double)k, i);                                 \
+  }                                                                                                                   \
+  API cusolverStatus_t cusolverDn##X##syevd_bufferSize(cusolverDnHandle_t h, cusolverEigMode_t j, cublasFillMode_t u, \
+                                                       int n, const T *a, int la, const T *e, int *w) {               \
+    return *w = 1, CUSOLVER_STATUS_SUCCESS;                                                                           \
+  }                                                                                                                   \
+  API cusolverStatus_t cusolverDn##X##syevd(cusolverDnHandle_t h, cusolverEigMode_t j, cublasFillMode_t u, int n,     \
+                                            T *a, int la, T *e, T *w, int k, int *i) {                                \
+    return solve(h, "syevd", n, n, TYPE, 9 * CUBE(n), i);                                                             \
   }
 TYPED_SOLVERS(S, float, CUDA_R_32F)
 TYPED_SOLVERS(D, double, CUDA_R_64F)
@@ -2332,42 +2548,58 @@ static ncclResult_t make_comm(ncclComm_t *c, int size, int rank) {
 }
 API ncclResult_t ncclGetVersion(int *v) { return *v = NCCL_VERSION_CODE, ncclSuccess; }
 API ncclResult_t ncclGetUniqueId(ncclUniqueId *u) { return memset(u, 1, sizeof *u), ncclSuccess; }
-API ncclResult_t ncclCommInitRank(ncclComm_t *c, int n, ncclUniqueId u, int r) { return (void)u, make_comm(c, n, r); }
-API ncclResult_t ncclCommInitRankConfig(ncclComm_t *c, int n, ncclUniqueId u, int r, ncclConfig_t *f) { return (void)u, (void)f, make_comm(c, n, r); }
-API ncclResult_t ncclCommInitRankScalable(ncclComm_t *c, int n, int r, int k, ncclUniqueId *u, ncclConfig_t *f) { return (void)k, (void)u, (void)f, make_comm(c, n, r); }
+API ncclResult_t ncclCommInitRank(ncclComm_t *c, int n, ncclUniqueId u, int r) { return make_comm(c, n, r); }
+API ncclResult_t ncclCommInitRankConfig(ncclComm_t *c, int n, ncclUniqueId u, int r, ncclConfig_t *f) {
+  return make_comm(c, n, r);
+}
+API ncclResult_t ncclCommInitRankScalable(ncclComm_t *c, int n, int r, int k, ncclUniqueId *u, ncclConfig_t *f) {
+  return make_comm(c, n, r);
+}
 API ncclResult_t ncclCommSplit(ncclComm_t p, int color, int key, ncclComm_t *c, ncclConfig_t *f) {
-  (void)key, (void)f; /* the size of the part is known to the other ranks only */
+  /* The size of the part is known to the other ranks only. */
   if (color == NCCL_SPLIT_NOCOLOR) return *c = NULL, ncclSuccess;
   return make_comm(c, ((Comm *)p)->size, ((Comm *)p)->rank);
 }
-API ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *r) { return (void)c, *r = ncclSuccess, ncclSuccess; }
-API ncclResult_t ncclCommDestroy(ncclComm_t c) { return (void)c, ncclSuccess; } /* watchdogs may still ask after it */
-API ncclResult_t ncclCommAbort(ncclComm_t c) { return (void)c, ncclSuccess; }
-API ncclResult_t ncclCommFinalize(ncclComm_t c) { return (void)c, ncclSuccess; }
+API ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *r) { return *r = ncclSuccess, ncclSuccess; }
+API ncclResult_t ncclCommDestroy(ncclComm_t c) { return ncclSuccess; } /* watchdogs may still ask after it */
+API ncclResult_t ncclCommAbort(ncclComm_t c) { return ncclSuccess; }
+API ncclResult_t ncclCommFinalize(ncclComm_t c) { return ncclSuccess; }
 API ncclResult_t ncclCommCount(const ncclComm_t c, int *n) { return *n = ((Comm *)c)->size, ncclSuccess; }
 API ncclResult_t ncclCommUserRank(const ncclComm_t c, int *r) { return *r = ((Comm *)c)->rank, ncclSuccess; }
-API ncclResult_t ncclCommCuDevice(const ncclComm_t c, int *d) { return (void)c, *d = device, ncclSuccess; }
-API ncclResult_t ncclCommRegister(const ncclComm_t c, void *p, size_t n, void **h) { return (void)c, (void)n, *h = p, ncclSuccess; }
-API ncclResult_t ncclCommDeregister(const ncclComm_t c, void *h) { return (void)c, (void)h, ncclSuccess; }
+API ncclResult_t ncclCommCuDevice(const ncclComm_t c, int *d) { return *d = device, ncclSuccess; }
+API ncclResult_t ncclCommRegister(const ncclComm_t c, void *p, size_t n, void **h) { return *h = p, ncclSuccess; }
+API ncclResult_t ncclCommDeregister(const ncclComm_t c, void *h) { return ncclSuccess; }
 API ncclResult_t ncclMemAlloc(void **p, size_t n) { return cudaMalloc(p, n) ? ncclUnhandledCudaError : ncclSuccess; }
 API ncclResult_t ncclMemFree(void *p) { return cudaFree(p) ? ncclUnhandledCudaError : ncclSuccess; }
 API ncclResult_t ncclGroupStart(void) { return ncclSuccess; }
 API ncclResult_t ncclGroupEnd(void) { return ncclSuccess; }
-API const char *ncclGetErrorString(ncclResult_t r) { return r == ncclSuccess ? "no error" : "error of the stand-in's NCCL"; }
-API const char *ncclGetLastError(ncclComm_t c) { return (void)c, ""; }
-API ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t *o, void *s, ncclDataType_t d, ncclScalarResidence_t r, ncclComm_t c) { return (void)s, (void)d, (void)r, (void)c, *o = ncclSum, ncclSuccess; }
-API ncclResult_t ncclRedOpDestroy(ncclRedOp_t o, ncclComm_t c) { return (void)o, (void)c, ncclSuccess; }
+API const char *ncclGetErrorString(ncclResult_t r) {
+  return r == ncclSuccess ? "no error" : "error of the stand-in's NCCL";
+}
+API const char *ncclGetLastError(ncclComm_t c) { return ""; }
+API ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t *o, void *s, ncclDataType_t d, ncclScalarResidence_t r,
+                                          ncclComm_t c) {
+  return *o = ncclSum, ncclSuccess;
+}
+API ncclResult_t ncclRedOpDestroy(ncclRedOp_t o, ncclComm_t c) { return ncclSuccess; }
 
 static size_t nccl_size(ncclDataType_t d) {
   switch (d) {
-    case ncclInt8: case ncclUint8: case ncclFloat8e4m3: case ncclFloat8e5m2: return 1;
-    case ncclFloat16: case ncclBfloat16: return 2;
-    case ncclInt64: case ncclUint64: case ncclFloat64: return 8;
+    case ncclInt8:
+    case ncclUint8:
+    case ncclFloat8e4m3:
+    case ncclFloat8e5m2: return 1;
+    case ncclFloat16:
+    case ncclBfloat16: return 2;
+    case ncclInt64:
+    case ncclUint64:
+    case ncclFloat64: return 8;
     default: return 4;
   }
 }
 /* `sent` and `received` in elements. The part received is filled from the part sent, as often as it fits. */
-static ncclResult_t exchange(const char *what, const void *from, size_t sent, void *to, size_t received, ncclDataType_t type, ncclComm_t c, cudaStream_t stream) {
+static ncclResult_t exchange(const char *what, const void *from, size_t sent, void *to, size_t received,
+                             ncclDataType_t type, ncclComm_t c, cudaStream_t stream) {
   LOCKED;
   Stream *s = stream_of(stream);
   size_t width = nccl_size(type), n = MIN(sent, received) * width;
@@ -2375,7 +2607,8 @@ static ncclResult_t exchange(const char *what, const void *from, size_t sent, vo
   snprintf(name, sizeof name, "%s of %d", what, ((Comm *)c)->size);
   const void *ends[] = {from, to};
   for (int i = 0; i < 2; i++) {
-    if (in_space((uintptr_t)ends[i]) && !allocated((uintptr_t)ends[i], (i ? received : sent) * width)) complain("NCCL %s goes past its allocation", what);
+    if (in_space((uintptr_t)ends[i]) && !allocated((uintptr_t)ends[i], (i ? received : sent) * width))
+      complain("NCCL %s goes past its allocation", what);
     note_use(s, ends[i]);
   }
   double bytes = (double)MAX(sent, received) * (double)width;
@@ -2385,14 +2618,34 @@ static ncclResult_t exchange(const char *what, const void *from, size_t sent, vo
   return ncclSuccess;
 }
 #define SIZE(c) ((size_t)((Comm *)(c))->size)
-API ncclResult_t ncclAllReduce(const void *s, void *r, size_t n, ncclDataType_t d, ncclRedOp_t o, ncclComm_t c, cudaStream_t t) { return (void)o, exchange("all_reduce", s, n, r, n, d, c, t); }
-API ncclResult_t ncclReduce(const void *s, void *r, size_t n, ncclDataType_t d, ncclRedOp_t o, int root, ncclComm_t c, cudaStream_t t) { return (void)o, (void)root, exchange("reduce", s, n, r, n, d, c, t); }
-API ncclResult_t ncclBroadcast(const void *s, void *r, size_t n, ncclDataType_t d, int root, ncclComm_t c, cudaStream_t t) { return (void)root, exchange("broadcast", s, n, r, n, d, c, t); }
-API ncclResult_t ncclBcast(void *p, size_t n, ncclDataType_t d, int root, ncclComm_t c, cudaStream_t t) { return (void)root, exchange("broadcast", p, n, p, n, d, c, t); }
-API ncclResult_t ncclAllGather(const void *s, void *r, size_t n, ncclDataType_t d, ncclComm_t c, cudaStream_t t) { return exchange("all_gather", s, n, r, n * SIZE(c), d, c, t); }
-API ncclResult_t ncclReduceScatter(const void *s, void *r, size_t n, ncclDataType_t d, ncclRedOp_t o, ncclComm_t c, cudaStream_t t) { return (void)o, exchange("reduce_scatter", s, n * SIZE(c), r, n, d, c, t); }
-API ncclResult_t ncclSend(const void *s, size_t n, ncclDataType_t d, int peer, ncclComm_t c, cudaStream_t t) { return (void)peer, exchange("send", s, n, NULL, 0, d, c, t); }
-API ncclResult_t ncclRecv(void *r, size_t n, ncclDataType_t d, int peer, ncclComm_t c, cudaStream_t t) { return (void)peer, exchange("receive", NULL, 0, r, n, d, c, t); }
+API ncclResult_t ncclAllReduce(const void *s, void *r, size_t n, ncclDataType_t d, ncclRedOp_t o, ncclComm_t c,
+                               cudaStream_t t) {
+  return exchange("all_reduce", s, n, r, n, d, c, t);
+}
+API ncclResult_t ncclReduce(const void *s, void *r, size_t n, ncclDataType_t d, ncclRedOp_t o, int root, ncclComm_t c,
+                            cudaStream_t t) {
+  return exchange("reduce", s, n, r, n, d, c, t);
+}
+API ncclResult_t ncclBroadcast(const void *s, void *r, size_t n, ncclDataType_t d, int root, ncclComm_t c,
+                               cudaStream_t t) {
+  return exchange("broadcast", s, n, r, n, d, c, t);
+}
+API ncclResult_t ncclBcast(void *p, size_t n, ncclDataType_t d, int root, ncclComm_t c, cudaStream_t t) {
+  return exchange("broadcast", p, n, p, n, d, c, t);
+}
+API ncclResult_t ncclAllGather(const void *s, void *r, size_t n, ncclDataType_t d, ncclComm_t c, cudaStream_t t) {
+  return exchange("all_gather", s, n, r, n * SIZE(c), d, c, t);
+}
+API ncclResult_t ncclReduceScatter(const void *s, void *r, size_t n, ncclDataType_t d, ncclRedOp_t o, ncclComm_t c,
+                                   cudaStream_t t) {
+  return exchange("reduce_scatter", s, n * SIZE(c), r, n, d, c, t);
+}
+API ncclResult_t ncclSend(const void *s, size_t n, ncclDataType_t d, int peer, ncclComm_t c, cudaStream_t t) {
+  return exchange("send", s, n, NULL, 0, d, c, t);
+}
+API ncclResult_t ncclRecv(void *r, size_t n, ncclDataType_t d, int peer, ncclComm_t c, cudaStream_t t) {
+  return exchange("receive", NULL, 0, r, n, d, c, t);
+}
 
 /* ==================================================================================================================
  * Libraries opened by name are found here. For all others the loader must see the true caller, whose run path counts:
