@@ -1,6 +1,7 @@
 """`--vae` by the class its config.json names, whole or in halves, and the presets for latents of 16 x 16 x 32."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import MANIFEST
 from lsep.checks import resolve
 from lsep.config import Config
 from lsep.data.encode import load_vae
+from lsep.data.latents import Latents
 from lsep.data.manifest import Manifest
 from lsep.decode import Decoder
 from lsep.errors import UserError
@@ -56,6 +58,22 @@ def test_each_class_decodes_in_its_own_units(name: str, tmp_path: Path) -> None:
     side = 16 if name != "AutoencoderTiny" else truth.shape[-1]
     assert images.shape == (11, side, side, 3) and np.ptp(images) > 0
     assert np.abs(images.astype(int) - to_uint8(truth).astype(int)).max() <= 1
+
+
+def test_a_tiny_one_takes_normalised_latents_in_the_model_s_units(tmp_path: Path) -> None:
+    """z = stored std / factor + mean, of which a diffusion model's units are z scaling_factor."""
+    vae = saved("AutoencoderTiny", tmp_path / "vae")
+    way = Latents((0.1, 0.2, 0.3), (2.0, 3.0, 4.0), 0.5, scaling_factor=0.7)
+    manifest = replace(MANIFEST, latents=way)
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (way.mean, way.std))
+    images = Decoder(str(tmp_path / "vae"), manifest, "nearest", CPU)(x)
+    with torch.no_grad():
+        truth = vae.decode((x / 0.5 * std + mean) * 0.7).sample
+    assert np.abs(images.astype(int) - to_uint8(truth).astype(int)).max() <= 1
+    unknown = replace(manifest, latents=replace(way, scaling_factor=None))
+    with pytest.raises(UserError, match="does not say its VAE's scaling_factor"):
+        Decoder(str(tmp_path / "vae"), unknown, "nearest", CPU)
 
 
 @pytest.mark.parametrize("name", list(SMALL))
