@@ -11,6 +11,7 @@ at its most, for `lsep.cost.fit`. The exit code is 1 where a case failed or is o
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ CASES = (
     *(f"{preset}:{batch}+train.memory={memory}" for preset in PRESETS for memory in POLICIES for batch in BATCHES),
     *(f"sit-xl-2-256:256+{change}" for change in FURTHER),
 )
+
+STAND_IN = ", played by a stand-in: no kernel ran, and the allocator is torch's own"
 
 
 def case(name: str) -> Config:
@@ -145,7 +148,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 failed[name] = f"computed {found[-1]['computed']:,} bytes, the allocator had {found[-1]['peak']:,}"
         print(table(found[-1:])[0] if name not in failed else f"{name}: {failed[name]}", file=sys.stderr, flush=True)
         clear()
-    result = {**facts(device), "capability": list(torch.cuda.get_device_capability()), "cases": found, "failed": failed}
+    about = facts(device)
+    if "libcuda" in os.environ.get("LD_PRELOAD", ""):
+        about["GPU"] += STAND_IN
+    result = {**about, "capability": list(torch.cuda.get_device_capability()), "cases": found, "failed": failed}
     notes = [f"{key}: {value}" for key, value in result.items() if key not in ("cases", "failed")]
     notes.append("GB are 10^9 bytes: the peak of torch's allocator in a step, and what `lsep.cost.memory` computes")
     return result, show(Section("bench.memory", table(found), notes, [f"{n}: {why}" for n, why in failed.items()]))
