@@ -1389,15 +1389,23 @@ static CUresult driver_error_text(CUresult code, const char **out, int name) {
 API CUresult cuGetErrorString(CUresult r, const char **s) { return driver_error_text(r, s, 0); }
 API CUresult cuGetErrorName(CUresult r, const char **s) { return driver_error_text(r, s, 1); }
 
-/* Functions are asked for by name: the newest version of each is the one that is here. */
+/* Functions are asked for by name: the newest version of each is the one that is here. torch wants all that it knows at
+ * once, among them some for several processes, multicast and parts of a GPU, which refuse when they are called. */
+static CUresult refuse(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 static void *entry_point(const char *name) {
-  char versioned[160];
   static const char *const suffixes[] = {"_v3", "_v2", ""};
+  static const char *const refused[] = {
+      "cuMemExport",    "cuMemImport",   "cuMemRetain",        "cuMulticast",
+      "cuGreenCtx",     "cuDevResource", "cuDevSmResource",    "cuDeviceGetDevResource",
+      "cuCtxFromGreen", "cuLogs",        "cuStreamWriteValue", "cuMemGetAllocationPropertiesFromHandle"};
+  char versioned[160];
   for (int i = 0; i < 3; i++) {
     snprintf(versioned, sizeof versioned, "%s%s", name, suffixes[i]);
     void *found = dlsym(RTLD_DEFAULT, versioned);
     if (found) return found;
   }
+  for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
+    if (!strncmp(name, refused[i], strlen(refused[i]))) return (void *)refuse;
   return NULL;
 }
 API CUresult cuGetProcAddress(const char *name, void **f, int v, cuuint64_t flags, CUdriverProcAddressQueryResult *r) {
@@ -1664,6 +1672,16 @@ API CUresult cuMemGetAddressRange(CUdeviceptr *base, size_t *size, CUdeviceptr p
   if (base) *base = b->at;
   if (size) *size = b->size;
   return CUDA_SUCCESS;
+}
+
+API CUresult cuMemsetD32Async(CUdeviceptr p, unsigned v, size_t n, CUstream s) {
+  LOCKED;
+  Stream *stream = stream_of((cudaStream_t)s);
+  note_use(stream, (void *)p);
+  if (!stream->capture && 4 * n <= copy_limit() && allocated(p, 4 * n))
+    for (size_t i = 0; i < n; i++) ((unsigned *)shadow_of((void *)p))[i] = v;
+  return submit((Work){"memset", "memset", ONE, ONE, 0, 0, 4.0 * (double)n, 0}, stream) ? CUDA_ERROR_UNKNOWN
+                                                                                        : CUDA_SUCCESS;
 }
 
 typedef struct {
