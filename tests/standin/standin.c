@@ -1700,7 +1700,6 @@ API CUresult cuMemGetAllocationGranularity(size_t *n, const CUmemAllocationProp 
 API CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t n, const CUmemAllocationProp *p,
                          unsigned long long f) {
   LOCKED;
-  if (forbidden("cuMemCreate")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   int before = device;
   if (p && p->location.type == CU_MEM_LOCATION_TYPE_DEVICE) device = p->location.id;
   int fits = charge(n);
@@ -1741,7 +1740,6 @@ API CUresult cuMemMap(CUdeviceptr p, size_t n, size_t offset, CUmemGenericAlloca
 }
 API CUresult cuMemUnmap(CUdeviceptr p, size_t n) {
   LOCKED;
-  if (forbidden("cuMemUnmap")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   for (Mapping **link = &mappings; *link;) {
     Mapping *m = *link;
     if (m->at < p || m->at >= p + n) {
@@ -2666,13 +2664,36 @@ API ncclResult_t ncclRecv(void *r, size_t n, ncclDataType_t d, int peer, ncclCom
 }
 
 /* ==================================================================================================================
+ * NVML, as far as torch asks it: which devices there are, and that they share no memory with other machines. */
+
+enum { NVML_SUCCESS = 0, NVML_NOT_SUPPORTED = 3 };
+API int nvmlInit(void) { return NVML_SUCCESS; }
+API int nvmlInit_v2(void) { return NVML_SUCCESS; }
+API int nvmlShutdown(void) { return NVML_SUCCESS; }
+API const char *nvmlErrorString(int code) { return code ? "Not Supported" : "Success"; }
+API int nvmlSystemGetCudaDriverVersion_v2(int *v) { return *v = CUDART_VERSION, NVML_SUCCESS; }
+API int nvmlDeviceGetCount_v2(unsigned *n) { return *n = (unsigned)device_count(), NVML_SUCCESS; }
+API int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { return *h = &contexts[i], NVML_SUCCESS; }
+API int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **h) { return *h = &contexts[0], NVML_SUCCESS; }
+API int nvmlDeviceGetHandleByUUID(const char *id, void **h) { return *h = &contexts[0], NVML_SUCCESS; }
+API int nvmlDeviceGetUUID(void *h, char *s, unsigned n) {
+  return snprintf(s, n, "GPU-%08x", (unsigned)((char *)h - contexts)), NVML_SUCCESS;
+}
+API int nvmlDeviceGetComputeRunningProcesses(void *h, unsigned *n, void *found) { return *n = 0, NVML_SUCCESS; }
+API int nvmlDeviceGetGpuFabricInfoV(void *h, void *info) { return NVML_NOT_SUPPORTED; }
+API int nvmlDeviceGetNvLinkRemoteDeviceType(void *h, unsigned link, int *type) { return NVML_NOT_SUPPORTED; }
+API int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *h, unsigned link, void *info) { return NVML_NOT_SUPPORTED; }
+API int nvmlDeviceGetP2PStatus(void *a, void *b, int index, int *status) { return NVML_NOT_SUPPORTED; }
+
+/* ==================================================================================================================
  * Libraries opened by name are found here. For all others the loader must see the true caller, whose run path counts:
  * the call at the end is compiled to a jump (-O2). */
 
 API void *dlopen(const char *file, int mode) {
   static void *(*real)(const char *, int);
   if (!real) real = (void *(*)(const char *, int))dlsym(RTLD_NEXT, "dlopen");
-  static const char *const ours[] = {"libcuda.so", "libcudart.so", "libcublasLt.so", "libcublas.so", "libnccl.so"};
+  static const char *const ours[] = {"libcuda.so",   "libcudart.so", "libcublasLt.so",
+                                     "libcublas.so", "libnccl.so",   "libnvidia-ml.so"};
   for (size_t i = 0; file && i < sizeof ours / sizeof *ours; i++) {
     Dl_info self;
     if (strstr(file, ours[i]) && dladdr((void *)cuInit, &self)) file = self.dli_fname;
