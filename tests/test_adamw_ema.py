@@ -367,6 +367,11 @@ def test_missing_and_foreign_libraries(tmp_path: Path, monkeypatch: pytest.Monke
     fused._load.cache_clear()
     (tmp_path / "_adamw_ema_cuda.so").write_bytes(b"text")
     assert "cannot be loaded" in str(fused.why_missing())
+    fused._load.cache_clear()
+    monkeypatch.setenv("LSEP_CUDA_LIBRARY", str(tmp_path / "mine.so"))
+    assert "mine.so cannot be loaded" in str(fused.why_missing()) and "unset LSEP_CUDA_LIBRARY" in str(
+        fused.why_missing()
+    )
     if shutil.which("cc"):
         source = tmp_path / "other.c"
         source.write_text("void lsep_adamw_ema_layout(long long *out) { out[0] = 1; }")

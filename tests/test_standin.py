@@ -360,6 +360,26 @@ def test_graphs_are_counted(libraries: standin_run.Result) -> None:
     assert {x.kind for x in libraries.log.launches} >= {"solver", "graph", "cudnn", "triton", "kernel"}
 
 
+@pytest.mark.parametrize("allocator", ["expandable_segments:True", "backend:cudaMallocAsync"])
+def test_other_allocators_of_torch(allocator: str) -> None:
+    code = """
+import torch
+x = [torch.zeros(50 << 18, device="cuda") for _ in range(3)]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = x[0] * 2
+graph.replay()
+try:
+    torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
+except torch.cuda.OutOfMemoryError:
+    print(torch.cuda.max_memory_allocated() >> 20)
+"""
+    done = standin_run.run(["-c", code], env={"PYTORCH_ALLOC_CONF": allocator, "PYTORCH_CUDA_ALLOC_CONF": allocator})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["200"]
+    assert done.log.violations == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The observer
 

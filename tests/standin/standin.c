@@ -1171,15 +1171,15 @@ static void give_answer(const Function *f, void **arguments) {
   } else if (f->answer == COUNTS) { /* (input, int *result, ...) */
     uintptr_t at = *(uintptr_t *)arguments[1];
     if (in_space(at) && allocated(at, 4)) memset(shadow_of((void *)at), 0, 4);
-  } else { /* one structure; in it source, result and a second result, which there is none of. Before them lie arrays
-              whose ends hold what the stack held. */
+  } else {
+    /* One structure; in it source, result and a second result, which there is none of. Arrays before them end in what
+     * the stack held, which may look alike: each place that does gets the answer, if a tensor of one number may lie
+     * there. */
     const uintptr_t *word = arguments[0];
     for (int i = 0; i < 256; i++)
-      if (in_space(word[i]) && in_space(word[i + 1]) && !word[i + 2] && block_of((void *)word[i]) &&
-          block_of((void *)word[i + 1])) {
+      if (in_space(word[i]) && in_space(word[i + 1]) && !word[i + 2] && word[i + 1] % 512 == 0 &&
+          block_of((void *)word[i]) && block_of((void *)word[i + 1]))
         *(char *)shadow_of((void *)word[i + 1]) = f->answer == ASKS_ALL;
-        return;
-      }
   }
 }
 static const char *function_name(Function *f) {
@@ -1389,15 +1389,23 @@ static CUresult driver_error_text(CUresult code, const char **out, int name) {
 API CUresult cuGetErrorString(CUresult r, const char **s) { return driver_error_text(r, s, 0); }
 API CUresult cuGetErrorName(CUresult r, const char **s) { return driver_error_text(r, s, 1); }
 
-/* Functions are asked for by name: the newest version of each is the one that is here. */
+/* Functions are asked for by name: the newest version of each is the one that is here. torch wants all that it knows at
+ * once, among them some for several processes, multicast and parts of a GPU, which refuse when they are called. */
+static CUresult refuse(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 static void *entry_point(const char *name) {
-  char versioned[160];
   static const char *const suffixes[] = {"_v3", "_v2", ""};
+  static const char *const refused[] = {
+      "cuMemExport",    "cuMemImport",   "cuMemRetain",        "cuMulticast",
+      "cuGreenCtx",     "cuDevResource", "cuDevSmResource",    "cuDeviceGetDevResource",
+      "cuCtxFromGreen", "cuLogs",        "cuStreamWriteValue", "cuMemGetAllocationPropertiesFromHandle"};
+  char versioned[160];
   for (int i = 0; i < 3; i++) {
     snprintf(versioned, sizeof versioned, "%s%s", name, suffixes[i]);
     void *found = dlsym(RTLD_DEFAULT, versioned);
     if (found) return found;
   }
+  for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
+    if (!strncmp(name, refused[i], strlen(refused[i]))) return (void *)refuse;
   return NULL;
 }
 API CUresult cuGetProcAddress(const char *name, void **f, int v, cuuint64_t flags, CUdriverProcAddressQueryResult *r) {
@@ -1666,6 +1674,16 @@ API CUresult cuMemGetAddressRange(CUdeviceptr *base, size_t *size, CUdeviceptr p
   return CUDA_SUCCESS;
 }
 
+API CUresult cuMemsetD32Async(CUdeviceptr p, unsigned v, size_t n, CUstream s) {
+  LOCKED;
+  Stream *stream = stream_of((cudaStream_t)s);
+  note_use(stream, (void *)p);
+  if (!stream->capture && 4 * n <= copy_limit() && allocated(p, 4 * n))
+    for (size_t i = 0; i < n; i++) ((unsigned *)shadow_of((void *)p))[i] = v;
+  return submit((Work){"memset", "memset", ONE, ONE, 0, 0, 4.0 * (double)n, 0}, stream) ? CUDA_ERROR_UNKNOWN
+                                                                                        : CUDA_SUCCESS;
+}
+
 typedef struct {
   size_t size;
   int device, references;
@@ -1682,7 +1700,6 @@ API CUresult cuMemGetAllocationGranularity(size_t *n, const CUmemAllocationProp 
 API CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t n, const CUmemAllocationProp *p,
                          unsigned long long f) {
   LOCKED;
-  if (forbidden("cuMemCreate")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   int before = device;
   if (p && p->location.type == CU_MEM_LOCATION_TYPE_DEVICE) device = p->location.id;
   int fits = charge(n);
@@ -1723,7 +1740,6 @@ API CUresult cuMemMap(CUdeviceptr p, size_t n, size_t offset, CUmemGenericAlloca
 }
 API CUresult cuMemUnmap(CUdeviceptr p, size_t n) {
   LOCKED;
-  if (forbidden("cuMemUnmap")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   for (Mapping **link = &mappings; *link;) {
     Mapping *m = *link;
     if (m->at < p || m->at >= p + n) {
@@ -2648,13 +2664,36 @@ API ncclResult_t ncclRecv(void *r, size_t n, ncclDataType_t d, int peer, ncclCom
 }
 
 /* ==================================================================================================================
+ * NVML, as far as torch asks it: which devices there are, and that they share no memory with other machines. */
+
+enum { NVML_SUCCESS = 0, NVML_NOT_SUPPORTED = 3 };
+API int nvmlInit(void) { return NVML_SUCCESS; }
+API int nvmlInit_v2(void) { return NVML_SUCCESS; }
+API int nvmlShutdown(void) { return NVML_SUCCESS; }
+API const char *nvmlErrorString(int code) { return code ? "Not Supported" : "Success"; }
+API int nvmlSystemGetCudaDriverVersion_v2(int *v) { return *v = CUDART_VERSION, NVML_SUCCESS; }
+API int nvmlDeviceGetCount_v2(unsigned *n) { return *n = (unsigned)device_count(), NVML_SUCCESS; }
+API int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { return *h = &contexts[i], NVML_SUCCESS; }
+API int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **h) { return *h = &contexts[0], NVML_SUCCESS; }
+API int nvmlDeviceGetHandleByUUID(const char *id, void **h) { return *h = &contexts[0], NVML_SUCCESS; }
+API int nvmlDeviceGetUUID(void *h, char *s, unsigned n) {
+  return snprintf(s, n, "GPU-%08x", (unsigned)((char *)h - contexts)), NVML_SUCCESS;
+}
+API int nvmlDeviceGetComputeRunningProcesses(void *h, unsigned *n, void *found) { return *n = 0, NVML_SUCCESS; }
+API int nvmlDeviceGetGpuFabricInfoV(void *h, void *info) { return NVML_NOT_SUPPORTED; }
+API int nvmlDeviceGetNvLinkRemoteDeviceType(void *h, unsigned link, int *type) { return NVML_NOT_SUPPORTED; }
+API int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *h, unsigned link, void *info) { return NVML_NOT_SUPPORTED; }
+API int nvmlDeviceGetP2PStatus(void *a, void *b, int index, int *status) { return NVML_NOT_SUPPORTED; }
+
+/* ==================================================================================================================
  * Libraries opened by name are found here. For all others the loader must see the true caller, whose run path counts:
  * the call at the end is compiled to a jump (-O2). */
 
 API void *dlopen(const char *file, int mode) {
   static void *(*real)(const char *, int);
   if (!real) real = (void *(*)(const char *, int))dlsym(RTLD_NEXT, "dlopen");
-  static const char *const ours[] = {"libcuda.so", "libcudart.so", "libcublasLt.so", "libcublas.so", "libnccl.so"};
+  static const char *const ours[] = {"libcuda.so",   "libcudart.so", "libcublasLt.so",
+                                     "libcublas.so", "libnccl.so",   "libnvidia-ml.so"};
   for (size_t i = 0; file && i < sizeof ours / sizeof *ours; i++) {
     Dl_info self;
     if (strstr(file, ours[i]) && dladdr((void *)cuInit, &self)) file = self.dli_fname;
