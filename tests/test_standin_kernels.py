@@ -5,7 +5,6 @@ default, and with the whole model compiled. Blocks of a shape share their code, 
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,8 @@ launched, run = {}, CachingAutotuner.run
 
 def record(self, *args, **kwargs):
     if id(self) not in launched:  # before it is run, and with that timed, for the first time
-        launched[id(self)] = self.fn.__name__, self.heuristic_type.name, max(len(self.configs or ()), len(self.launchers))
+        count = max(len(self.configs or ()), len(self.launchers))
+        launched[id(self)] = self.fn.__name__, self.heuristic_type.name, count
         record.held.append(self)
     return run(self, *args, **kwargs)
 
@@ -63,13 +63,9 @@ class Step:
     def __init__(self, folder: Path, compiled: str) -> None:
         (folder / "step.py").write_text(PROGRAM)
         changes = {"model.depth": DEPTH, "probe.depth": 2, "train.compile": compiled}
-        env = {
-            **os.environ,
-            "TRITON_CACHE_DIR": str(folder / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        }
+        caches = {f"{name}_CACHE_DIR": str(folder / name.lower()) for name in ("TRITON", "TORCHINDUCTOR")}
         command = [str(folder / "step.py"), str(folder), json.dumps(changes)]
-        done = standin_run.run(command, card="h200", env=env, timeout=600)
+        done = standin_run.run(command, card="h200", env=caches, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         self.log = done.log
         self.rows: list[Row] = collected(folder)
