@@ -36,6 +36,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lsep_kernels import adaln, attention, fp8, gelu_pool, interpolate, mlp, probe_head, velocity_loss
+from lsep_kernels.draws import normal, uniform, windows
 from lsep_kernels.reference import plain
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -227,6 +228,7 @@ def cases() -> Iterator[Case]:
         size = {"moments": 2 * 4, "samples": 4, "pixels": 1}[form]
         yield Case(f"interpolate {form}", lambda form=form: _interpolate(form), B * latent * (size + 8))
     yield Case("velocity_loss", _velocity_loss, B * latent * (2 + 4 + 2 + 4 + 2))
+    yield Case("uniform, normal, windows", _draws, B * (3 * 8 + 4 * (4 + 1 + T)))
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -288,6 +290,13 @@ def _interpolate(form: str) -> None:
 def _velocity_loss() -> None:
     loss = velocity_loss.velocity_loss(_tensor(2, T, 16), torch.zeros(2, 4, 32, 32), 2)
     loss.backward(loss)
+
+
+def _draws() -> None:
+    ids, number = torch.zeros(B, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    uniform(0, 2, number, ids)
+    normal(0, 2, number, ids, (1,))
+    windows(0, (5, 4), number, number, ids, (12, 16), 16)
 
 
 def table(rows: list[Row]) -> str:
