@@ -47,9 +47,11 @@ VARIANTS = ("plain", "authors", "paper", "shared-0.8", "shared-0.2", "shared-0",
 ROOMS = {
     "attention": r"attention|flash|fmha|sdpa",
     "optimizer": r"adam|multi_tensor|foreach|norm_pass|update_pass|lerp|linalg_vector_norm",
-    "probe and loss": r"token_pool|probe_|velocity_loss|interpolate|softmax|nll_loss|cross_entropy",
+    "probe and loss": (
+        r"token_pool|probe_|velocity_loss|interpolate|_(uniform|normal|windows)_kernel|softmax|nll_loss|cross_entropy"
+    ),
     "matrix products": r"quantize_[rc]|gemm|cutlass|nvjet|xmma|cublas|triton_tem|mm(backward\d*)?$|conv(?!ert)",
-    "adaLN": r"adaln|layer_?norm",
+    "adaLN": r"adaln|layer_?norm|row_sums",
     "GELU": r"gelu",
 }
 """What a kernel (on a CPU, an operator) is there for, by its name; the first that matches counts."""

@@ -33,11 +33,11 @@ def _unit(word):
 
 
 @triton.jit
-def _uniform_kernel(out_ptr, id_ptr, epoch_ptr, B, seed, stream, BLOCK: tl.constexpr):
+def _uniform_kernel(out_ptr, id_ptr, epoch_ptr, B, seed, draw, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < B
     sample = tl.load(id_ptr + n, mask=mask, other=0)
-    w0, w1, w2, w3 = random_words(seed, tl.zeros_like(n), sample, tl.load(epoch_ptr), stream)
+    w0, w1, w2, w3 = random_words(seed, tl.zeros_like(n), sample, tl.load(epoch_ptr), draw)
     # (4, B): the caller takes one number of each sample, dense.
     tl.store(out_ptr + n, _unit(w0), mask=mask)
     tl.store(out_ptr + B + n, _unit(w1), mask=mask)
@@ -46,26 +46,26 @@ def _uniform_kernel(out_ptr, id_ptr, epoch_ptr, B, seed, stream, BLOCK: tl.const
 
 
 @triton.jit
-def _normal_kernel(out_ptr, id_ptr, epoch_ptr, numel, seed, stream, BLOCK: tl.constexpr):
+def _normal_kernel(out_ptr, id_ptr, epoch_ptr, numel, seed, draw, BLOCK: tl.constexpr):
     n = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i = tl.program_id(0) * BLOCK * 4 + tl.arange(0, 4 * BLOCK)
-    z = random_normal(seed, block, tl.load(id_ptr + n), tl.load(epoch_ptr), stream, BLOCK)
+    z = random_normal(seed, block, tl.load(id_ptr + n), tl.load(epoch_ptr), draw, BLOCK)
     tl.store(out_ptr + n * numel + i, z, mask=i < numel)
 
 
 @triton.jit
 def _windows_kernel(
-    out_ptr, id_ptr, step_ptr, epoch_ptr, B, seed, side_stream, place_stream,
+    out_ptr, id_ptr, step_ptr, epoch_ptr, B, seed, side_draw, place_draw,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, GRID: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask = n < B
     first = tl.zeros([BLOCK_B], tl.int64)
-    w, _, _, _ = random_words(seed, first, tl.load(step_ptr), first, side_stream)  # the same for all, of epoch 0
+    w, _, _, _ = random_words(seed, first, tl.load(step_ptr), first, side_draw)  # the same for all, of epoch 0
     size = SMALLEST + (_unit(w) * (LARGEST - SMALLEST + 1)).to(tl.int32)
     sample = tl.load(id_ptr + n, mask=mask, other=0)
-    w0, w1, _, _ = random_words(seed, first, sample, tl.load(epoch_ptr), place_stream)
+    w0, w1, _, _ = random_words(seed, first, sample, tl.load(epoch_ptr), place_draw)
     room = (GRID - size + 1).to(tl.float32)
     top, left = (_unit(w0) * room).to(tl.int32), (_unit(w1) * room).to(tl.int32)
     i = tl.arange(0, BLOCK_T)

@@ -19,6 +19,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
 
+_RESERVED = "stream"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -31,13 +32,18 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run `kernel` over `grid` on the current device, in a way that `torch.compile` can look into.
 
-    Raises ValueError for a grid that no GPU takes, TypeError for a Python float that is not a tl.constexpr.
+    Raises ValueError for a grid that no GPU takes, TypeError for a Python float that is not a tl.constexpr, and for
+    an argument of a name that Inductor's launchers have for their own.
     """
     if any(size > 65_535 for size in grid[1:]):
         raise ValueError(
             f"a grid of {grid} programs was asked for, a GPU takes 65535 in the second and third dimension"
         )
     names, constants = _parameters(kernel.fn)
+    if _RESERVED in names:
+        raise TypeError(
+            f"{kernel.fn.__name__}: {_RESERVED} is the stream of torch.compile's launch, expected another name"
+        )
     for name, value in (*zip(names, args, strict=False), *meta.items()):
         if isinstance(value, float) and name not in constants:
             raise TypeError(

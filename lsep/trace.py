@@ -40,9 +40,10 @@ _ROOM_OF_NAME = [
     (re.compile(pattern, re.IGNORECASE), room)
     for pattern, room in (
         (r"attention|fmha|flash|sdpa", "attention"),
-        (r"adaln|norm_modulate|layer_norm", "adaLN"),
-        (r"token_pool|_probe_|::probe_", "probe"),
-        (r"_interpolate_|::interpolate", "interpolant"),
+        # Nine tenths of the bytes of the sums over rows are adaLN's, the others the MLP's.
+        (r"adaln|norm_modulate|layer_norm|row_sums", "adaLN"),
+        (r"token_pool|_probe_|::probe_|_windows_kernel|lsep::windows", "probe"),
+        (r"_interpolate_|::interpolate|_(uniform|normal)_kernel|lsep::(uniform|normal)", "interpolant"),
         (r"velocity_loss", "losses"),
         (r"norm_pass|update_pass|adam|multi_tensor", "optimizer"),
         (r"memcpy htod", "data"),

@@ -35,6 +35,17 @@ def test_floats_are_constants() -> None:
             launch(_scaled_kernel, (1,), *args, FACTOR=0.5, BLOCK=16, **meta)
 
 
+@triton.jit
+def _streaming_kernel(x_ptr, stream):  # type: ignore[no-untyped-def]
+    tl.store(x_ptr, stream)
+
+
+def test_a_reserved_name_is_refused() -> None:
+    """Inductor's launcher is a function of the kernel's arguments and of `stream`."""
+    with pytest.raises(TypeError, match="_streaming_kernel: stream is the stream of torch.compile's launch"):
+        launch(_streaming_kernel, (1,), torch.empty(1, device=DEVICE), 1)
+
+
 def test_memory_is_launched_on_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.11 refuses interpreted kernels in `wrap_triton`."""
 
@@ -70,7 +81,7 @@ def eager():
         mlp.mlp_cublaslt(tensor(1, 64, 64), *weights).sum().backward()
 
 launched = {name for name, _ in compiled(90, eager)}
-assert launched == {"adaln_forward", "adaln_backward", "mlp_gelu"}, launched
+assert launched == {"adaln_forward", "adaln_backward", "row_sums", "mlp_gelu"}, launched
 assert not kernel_side_table.id_to_kernel and not kernel_side_table.constant_args
 
 graphs = []

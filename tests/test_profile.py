@@ -282,7 +282,8 @@ def test_every_kernel_name_has_its_room() -> None:
     names = set(re.findall(r"def (_\w+_kernel)\(", source)) | {"norm_pass", "update_pass"}
     rooms = {
         "adaln": "adaLN", "attention": "attention", "mlp": "MLP", "probe": "probe", "token": "probe",
-        "interpolate": "interpolant", "velocity": "losses", "norm": "optimizer", "update": "optimizer",
+        "interpolate": "interpolant", "uniform": "interpolant", "normal": "interpolant", "windows": "probe",
+        "row": "adaLN", "velocity": "losses", "norm": "optimizer", "update": "optimizer",
         "gelu": "MLP", "quantize": "compiled",
     }  # fmt: skip
     assert len(names) > 12

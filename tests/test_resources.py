@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ GOOD = Row(90, "attention", "attention_forward", 4, 195, 0, 92_160, 37, 0, 4, Tr
     ("change", "message"),
     [
         ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"spill_bytes": 32, "kernel": "triton_poi_fused_sinh_0"}, "spills 32 bytes"),
+        ({"spill_bytes": 40, "kernel": "triton_poi_fused_cat_cos_mul_sin_3"}, "spills 40 bytes"),
         ({"fp64": 1}, "has 1 instructions in double precision, expected none"),
         ({"shared": SHARED_LIMIT[90] + 1}, "takes 232449 bytes of shared memory, at most 232448 fit"),
         ({"hmma": 1}, "has 37 HGMMA and 1 HMMA instructions, expected HGMMA only"),
@@ -28,9 +31,13 @@ GOOD = Row(90, "attention", "attention_forward", 4, 195, 0, 92_160, 37, 0, 4, Tr
         ({"arch": 80, "shared": 200_000, "wants_hgmma": False}, "takes 200000 bytes of shared memory, at most 166912"),
     ],
 )
-def test_problems_are_seen(change: dict[str, int], message: str) -> None:
+def test_problems_are_seen(change: dict[str, Any], message: str) -> None:
     assert GOOD.problem is None
     assert message in str(replace(GOOD, **change).problem)
+
+
+def test_a_sine_may_reduce_huge_angles() -> None:
+    assert replace(GOOD, kernel="triton_poi_fused_cat_cos_mul_sin_3", spill_bytes=32, fp64=12).problem is None
 
 
 PROGRAM = """

@@ -20,7 +20,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from triton.runtime import driver
 from bench.resources import CompileOnly
-from lsep_kernels import adaln, attention, fp8, gelu_pool, interpolate, mlp, probe_head, velocity_loss
+from lsep_kernels import adaln, attention, draws, fp8, gelu_pool, interpolate, mlp, probe_head, velocity_loss
 
 driver.set_active(CompileOnly(90))
 graphs = []
@@ -80,13 +80,17 @@ found = {
     "velocity_loss": graphs_of(lambda x: velocity_loss.velocity_loss(x, v, 2), (2, 64, 16)),
     "interpolate": graphs_of(
         lambda t: interpolate.interpolate(v, ids, epoch, t, 2**62, "moments", "linear", 0.0, 1.0, (0, 1)), (2,)),
+    "uniform": graphs_of(lambda t: t + draws.uniform(2**63, 2, epoch, ids)[:, 0], (2,))[:1],
+    "normal": graphs_of(lambda t: t + draws.normal(2**63, 2, epoch, ids, (1,))[:, 0], (2,))[:1],
+    "windows": graphs_of(lambda t: t + draws.windows(1, (5, 4), epoch, epoch, ids, (2, 4), 4)[:, 0], (2,))[:1],
 }
 print(found)
 assert found == {
-    "norm_modulate": [1, 1], "gate_residual_norm_modulate": [1, 1], "norm_modulate, fp8": [1, 1],
-    "fp8 linear": [2, 2], "fp8 mlp": [4, 4], "attention": [1, 2], "gelu_pool": [1, 1],
+    "norm_modulate": [1, 2], "gate_residual_norm_modulate": [1, 2], "norm_modulate, fp8": [1, 2],
+    "fp8 linear": [2, 3], "fp8 mlp": [4, 6], "attention": [1, 2], "gelu_pool": [1, 1],
     "pool": [1, 1], "probe_head": [6, 0], "velocity_loss": [1, 1], "interpolate": [1],
-    "mlp": [1, 1], "mlp, weights in float32": [1, 1],
+    "mlp": [1, 2], "mlp, weights in float32": [1, 2],
+    "uniform": [1], "normal": [1], "windows": [1],
 }
 """
 
