@@ -44,7 +44,7 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
 
     _require_values(argv)
     given = {} if default is None else {"default": default}
-    argv = _either_name(argv, {field.name for field in fields(kind)})
+    typed, argv = argv, _either_name(argv, {field.name for field in fields(kind)})
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -55,7 +55,7 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
         if not end.code:
             print(out.getvalue(), end="")
             raise
-        raise UserError(_plain(_one_sentence(err.getvalue() + out.getvalue()), kind, argv)) from None
+        raise UserError(_as_typed(_plain(_one_sentence(err.getvalue() + out.getvalue()), kind, argv), typed)) from None
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
@@ -67,10 +67,21 @@ def parse(kind: type, argv: Args, prog: str, description: str, default: Any = No
     return args
 
 
+_EITHER = ("--step", "--checkpoint")
+"""Both name a checkpoint by its step, and a command that has one takes the other for it."""
+
+
+def _as_typed(sentence: str, typed: Args) -> str:
+    """A sentence about the flag that stands on the command line."""
+    for other, own in (_EITHER, _EITHER[::-1]):
+        if sentence.startswith(f"{own} ") and any(a.partition("=")[0] == other for a in typed):
+            return other + sentence.removeprefix(own)
+    return sentence
+
+
 def _either_name(argv: Args, known: set[str]) -> Args:
-    """--step where a command has --checkpoint, and the other way round: both name a checkpoint by its step."""
-    pair = ("--step", "--checkpoint")
-    for other, own in (pair, pair[::-1]):
+    """--step where a command has --checkpoint, and the other way round."""
+    for other, own in (_EITHER, _EITHER[::-1]):
         if own[2:] in known and other[2:] not in known:
             return [own + a.removeprefix(other) if a == other or a.startswith(f"{other}=") else a for a in argv]
     return argv

@@ -67,7 +67,7 @@ def test_training(flags: list[str], message: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--classes", "1", "x"], "--classes is '1 x', expected whole numbers"),
+        (["--classes", "1", "x"], "--classes holds 'x', but the run's classes have no names: expected numbers"),
         (["--classes"], "--classes is empty, expected at least one"),
         (["--cfg"], "--cfg is empty, expected at least one"),
         (["--cfg", "a"], "--cfg is 'a', expected numbers"),

@@ -118,7 +118,7 @@ class Vae(torch.nn.Module):
 @pytest.fixture
 def vae(monkeypatch: pytest.MonkeyPatch) -> Vae:
     made = Vae()
-    monkeypatch.setattr(decode, "load_vae", lambda name: made)
+    monkeypatch.setattr(decode, "load_vae", lambda name, **kw: made)
     return made
 
 
@@ -198,7 +198,7 @@ def test_the_statistics_are_said(packed: Store, capsys: pytest.CaptureFixture[st
 
 def test_a_decoder_of_another_space_is_refused(packed: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(vae: Vae, m: Manifest = packed.manifest) -> None:
-        monkeypatch.setattr(decode, "load_vae", lambda name: vae)
+        monkeypatch.setattr(decode, "load_vae", lambda name, **kw: vae)
         decode.Decoder("other", m, "nearest", torch.device("cpu"))
 
     way = packed.manifest.latents
