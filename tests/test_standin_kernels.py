@@ -31,6 +31,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from bench.variants import with_data
 from lsep.config import override
 from lsep.graphs import WARM_UP
+from lsep.inductor import COMPILE
 from lsep.presets import PRESETS
 from lsep.step import open_loader, setup, train_step
 
@@ -53,7 +54,13 @@ for i, batches in enumerate(open_loader(state, 0, steps)):
     train_step(state, i, batches)
     wrapped.append(len(kernel_side_table.id_to_kernel))
 torch.cuda.synchronize()
-(folder / "launched.json").write_text(json.dumps({"autotuners": list(launched.values()), "wrapped": wrapped}))
+found, sums = list(launched.values()), {}
+for name, keywords in (("inductor", {}), ("lsep", COMPILE)):  # a sum of partial sums, such as Inductor times
+    launched.clear()
+    torch._dynamo.reset()
+    torch.compile(lambda x: (2 * x).sum(1), **keywords)(torch.zeros(256, 8, 1152, device="cuda"))
+    sums[name] = [count for _, kind, count in launched.values() if "REDUCTION" in kind]
+(folder / "launched.json").write_text(json.dumps({"autotuners": found, "wrapped": wrapped, "sums": sums}))
 """
 
 
@@ -72,6 +79,7 @@ class Step:
         found: dict[str, Any] = json.loads((folder / "launched.json").read_text())
         self.autotuners: list[tuple[str, str, int]] = [tuple(x) for x in found["autotuners"]]
         self.wrapped: list[int] = found["wrapped"]
+        self.sums: dict[str, list[int]] = found["sums"]
 
 
 @pytest.fixture(scope="module", params=["block", "model"])
@@ -101,6 +109,7 @@ def test_no_order_of_sums_is_timed(step: Step) -> None:
     kinds = Counter(kind for _, kind, _ in step.autotuners)
     assert kinds["USER_AUTOTUNE"] > 5 and kinds["REDUCTION"] > 2 and kinds["POINTWISE"] > 2, kinds
     assert [x for x in step.autotuners if x[2] != 1 and x[1] != "POINTWISE"] == []
+    assert step.sums["inductor"][0] > 1 and step.sums["lsep"] == [1], step.sums
 
 
 def test_steps_leave_no_wrapped_kernel(step: Step) -> None:
