@@ -263,7 +263,7 @@ def test_without_labels_a_model_is_unconditional_and_has_no_probe(
     run = train(tiny(data__path=str(unlabelled(tmp_path)), train__steps=2), tmp_path / "run")
     config = run.config()
     assert not config.model.conditional and not config.probe.enabled and not run.manifest().labelled
-    assert "no labels: the model is unconditional, and the probe is off" in capsys.readouterr().err
+    assert "no labels: the model is unconditional, and the probe is off" in capsys.readouterr().out
     assert main(
         ["sample", str(run.path), "--num", "2", "--steps", "1", "--cfg", "1", "--out", str(tmp_path / "x.npz")]
     ) in (0, None)
@@ -278,7 +278,7 @@ def test_classes_without_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFix
     )  # fmt: skip
     run = train(tiny(data__path=str(tmp_path / "store"), train__steps=1, probe__enabled=False), tmp_path / "run")
     said = f"5 of 9 classes have no rows in {(tmp_path / 'store').resolve()} (1, 3, 5, 7 to 8)"
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().out
     arguments = ["sample", str(run.path), "--num", "2", "--steps", "1", "--cfg", "1", "--out", str(tmp_path / "x.npz")]
     main(arguments)
     assert f"{said}: the model has not learned them; --classes leaves them out" in capsys.readouterr().err
