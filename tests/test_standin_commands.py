@@ -269,14 +269,13 @@ def test_data_is_encoded_and_a_training_aligned(
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices(devices: int, store32: Path, tmp_path: Path) -> None:
-    """ddp with 2 and 4, fsdp with 2, hsdp with 4, which has two replicas of two shards."""
-    modes = {2: ("ddp", "fsdp"), 4: ("ddp", "hsdp")}[devices]
+    """Each mode; hsdp in replicas of two shards."""
     cases = {
         mode: train(
             store32, tmp_path / mode, *EAGER, "--dist.mode", mode, "--train.graphs", "off",
-            *(["--dist.replicate", "2"] if mode == "hsdp" else []),
+            *(["--dist.replicate", str(devices // 2)] if mode == "hsdp" else []),
         )
-        for mode in modes
+        for mode in ("ddp", "fsdp", "hsdp")
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
     codes, log, err, _ = drive(cases, tmp_path, launcher, devices=devices)

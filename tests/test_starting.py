@@ -53,7 +53,7 @@ def test_another_number_of_classes(classes: int, first: Run, tmp_path: Path) -> 
         assert torch.equal(found["blocks.0.attn.qkv.weight"], kept["blocks.0.attn.qkv.weight"])
         assert torch.equal(found["classifier.1.weight"], new["classifier.1.weight"])
     said = f"the label table is new: 5 classes there, {classes} here; its row of no label is kept ({TABLE})"
-    assert f"--train.init {first.path}: {said}" in state.substitutes
+    assert f"warning: --train.init {first.path}: {said}" in state.notes
     run = train(replace(state.config, train=replace(state.config.train, steps=1)), tmp_path / "run")
     assert checkpoint.progress_of(checkpoint.find(run.checkpoints, None)).step == 1
 
@@ -74,7 +74,7 @@ def test_what_differs_is_said(
     data: dict[str, Any], changes: dict[str, Any], said: str | None, first: Run, tmp_path: Path
 ) -> None:
     state = begun(first, store(tmp_path / "data", **data), **changes)
-    of_init = [sentence for sentence in state.substitutes if sentence.startswith("--train.init")]
+    of_init = [note for note in state.notes if note.startswith("warning: --train.init")]
     assert len(of_init) == (said is not None) and (said is None or said in of_init[0])
 
 
