@@ -25,6 +25,7 @@ def test_preset_names() -> None:
     sit = {f"sit-{s}-{p}-256" for s in ("s", "b", "l", "xl") for p in (2, 4, 8)} | {
         f"sit-{s}-2-512" for s in ("b", "l", "xl")
     }
+    sit |= {f"sit-{s}-1-f16d32" for s in ("s", "b", "l", "xl")}
     assert set(PRESETS) == sit | {"quickstart", "quickstart-unet", "sit-xl-2-512-finetune"}
 
 
