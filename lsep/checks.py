@@ -188,8 +188,10 @@ def _check_sit(config: Config) -> None:
 def _check_unet(config: Config) -> None:
     m, values, defaults = config.model, flat(config), flat(Config())
     for name in _OF_SIT:
+        # A run that goes on has what the default, auto, was for it.
+        same = values[name] == defaults[name] or (name, values[name]) == ("train.memory", "keep")
         _require(
-            values[name] == defaults[name],
+            same,
             f"{_flag(name)} is {values[name]!r}, expected its default {defaults[name]!r} with --model.backbone unet",
         )
     _require(m.patch_size == 1, f"--model.patch-size is {m.patch_size}, expected 1: a U-Net has no patches")

@@ -45,9 +45,9 @@ def time_bins(t: Tensor, count: int) -> Tensor:
     The edge is the float32 nearest to k / count: (t * count).floor() has it in the bin below for some (13 / 22), and
     times before it in the bin above for others (5 / 11).
     """
-    below = (t.double() * count).floor()  # exact
-    edge = ((below + 1) / count).to(t.dtype)
-    return (below + (t >= edge)).to(torch.int64).clamp(max=count - 1)
+    near = (t * count).floor()  # the product is rounded: off by one beside an edge
+    bins = near.to(torch.int64) - (t < near / count).to(torch.int64) + (t >= (near + 1) / count)
+    return bins.clamp(max=count - 1)
 
 
 def epoch_factor(config: ProbeConfig, epoch: Tensor) -> Tensor:
