@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,8 @@ class Checkpoints:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.world: World = world or Alone()
         # The writing threads talk among themselves, while the training uses the other groups.
-        self.group = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        several = self.world.size > 1
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if several else None
         self.cuda = torch.cuda.is_available()
         # What DefaultStager is made of: that one clears itself after each use under torch 2.11. This one's memory is
         # pinned once and used again.

@@ -160,7 +160,7 @@ def world(config: Config, device: torch.device) -> Iterator[World]:
     elif settings.mode == "hsdp":
         mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
     watch = Watch(rank(), size, settings.timeout)
-    host = dist.new_group(backend="gloo", timeout=timeout)
+    host = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))  # every rank is in it
     try:
         yield World(device, rank(), size, mesh, host, watch)
     except RuntimeError as error:  # what a collective raises when its peers are late or gone
